@@ -1,0 +1,120 @@
+# `make` builds dist/codex_auth_refresh, `make help` lists the rest.
+
+DENO_VERSION = 2.9.6
+BUN_VERSION = 1.4.5
+
+# auto: deno; bun where Deno's runtime executable cannot be downloaded
+ENGINE ?= auto
+ifeq ($(filter auto deno bun,$(ENGINE)),)
+$(error ENGINE=$(ENGINE): must be auto, deno or bun)
+endif
+
+# The tools on PATH where they are these versions, else copies from npm in .tools. Given by hand, any version will do.
+# They are asked for their real paths: what PATH finds may be a wrapper that keeps signals to itself.
+deno-on-path := $(shell deno eval 'console.log(Deno.version.deno, Deno.execPath())' 2>/dev/null)
+bun-on-path := $(shell bun -e 'console.log(Bun.version, process.execPath)' 2>/dev/null)
+pick = $(if $(filter $(1),$(firstword $(2))),$(lastword $(2)),$(3))
+DENO ?= $(call pick,$(DENO_VERSION),$(deno-on-path),.tools/deno@$(DENO_VERSION)/deno)
+BUN ?= $(call pick,$(BUN_VERSION),$(bun-on-path),.tools/bun@$(BUN_VERSION)/bun)
+deno-installed = $(filter .tools/%,$(DENO))
+bun-installed = $(filter .tools/%,$(BUN))
+
+BUNDLE = dist/refresh.js
+EXE = dist/codex_auth_refresh
+TARGETS = linux-x64 linux-arm64 linux-x64-musl linux-arm64-musl darwin-arm64
+SOURCES = $(wildcard *.ts .ci/*.ts)
+PROOFS = $(patsubst .ci/%_test.ts,%,$(wildcard $(patsubst %,.ci/%_test.ts,interop torture simulate soak recipes)))
+
+.DELETE_ON_ERROR:
+.PHONY: build cross demo test check interop torture simulate soak recipes bench proofs fmt clean distclean help FORCE
+
+build: $(EXE)  ## the executable, dist/codex_auth_refresh; ENGINE=deno or ENGINE=bun insists on one
+
+cross: $(TARGETS:%=$(EXE)-bun-%)  ## executables for Linux x64 and arm64, glibc and musl, and macOS arm64
+
+# What tests start: the three forms of the program, by absolute path.
+forms = CAR_DENO="$$($(DENO) eval 'console.log(Deno.execPath())')" \
+	CAR_BUN="$$($(BUN) -e 'console.log(process.execPath)')" \
+	CAR_BUNDLE='$(CURDIR)/$(BUNDLE)' CAR_EXE='$(CURDIR)/$(EXE)'
+
+demo: build | $(bun-installed)  ## the whole story against a mock server, in a scratch folder
+	@$(forms) $(DENO) run --quiet -A .ci/demo.ts
+
+test: check build | $(bun-installed)  ## format, lint, types, unit and end-to-end tests
+	@if $(forms) NO_COLOR=1 $(DENO) test --quiet -A refresh_test.ts >dist/test.log 2>&1; \
+	then grep '^ok |' dist/test.log; else cat dist/test.log; exit 1; fi
+
+check: | $(deno-installed)  ## format, lint and types only
+	@$(DENO) fmt --check $(SOURCES) deno.json
+	@$(DENO) lint $(SOURCES)
+	@$(DENO) check --quiet $(SOURCES)
+
+interop torture simulate soak recipes: build | $(bun-installed)  ## the long proofs, one by one
+	@$(forms) $(DENO) test --quiet -A .ci/$@_test.ts
+
+bench: build | $(bun-installed)  ## what it costs
+	@$(forms) $(DENO) run --quiet -A .ci/bench.ts
+
+proofs:  ## the names of the long proofs there are
+	@echo $(PROOFS)
+
+fmt: | $(deno-installed)  ## formats the sources
+	@$(DENO) fmt --quiet $(SOURCES) deno.json
+
+clean:  ## removes what was built
+	@rm -rf dist .*.bun-build
+
+distclean: clean  ## removes the downloaded tools too
+	@rm -rf .tools
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z].*  ## / { printf "%-38s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# Minified because a plain bundle names the folders that its modules came from.
+$(BUNDLE): refresh.ts deno.json deno.lock Makefile | $(deno-installed)
+	@mkdir -p $(@D)
+	@$(DENO) bundle --quiet --minify --output $@ $<
+
+$(EXE): $(BUNDLE) dist/engine | $(if $(filter deno,$(ENGINE)),,$(bun-installed))
+	@$(compile-$(ENGINE))
+
+$(EXE)-bun-%: $(BUNDLE) dist/engine | $(bun-installed)
+	@$(call bun-compile,--target=bun-$*)
+	@echo $@
+
+# Changes when another engine or tool is asked for, and only then.
+dist/engine: FORCE
+	@mkdir -p $(@D)
+	@echo '$(ENGINE) $(DENO) $(BUN)' | cmp -s - $@ || echo '$(ENGINE) $(DENO) $(BUN)' >$@
+
+# No subprocess, no native code, and what is refused is an error: a watchdog has nobody to ask. A network that swallows
+# packets gets two minutes, not for ever, where there is a timeout command.
+patience := $(shell timeout --foreground 9 echo timeout --foreground 120 2>/dev/null)
+deno-compile = NO_COLOR=1 $(patience) $(DENO) compile --no-config --no-prompt \
+	--allow-read --allow-write --allow-env --allow-net --allow-sys=uid --output $@ $< >$@.log 2>&1
+
+# Reads nothing from the folder it is started in, which may be somebody else's. Bytecode halves the time to start.
+bun-compile = $(BUN) build --compile --bytecode --format=esm $(1) \
+	$(foreach file,dotenv bunfig tsconfig package-json,--no-compile-autoload-$(file)) \
+	--outfile=$@ $< >$@.log 2>&1 || { cat $@.log >&2; exit 1; }
+
+compile-bun = $(bun-compile); echo "$@: compiled by bun $$($(BUN) -v), as ENGINE=bun asks"
+
+compile-deno = $(deno-compile) || { why=$$(grep -E 'denort|^error' $@.log | tail -n 1); \
+	echo "ENGINE=deno: deno compile failed: $${why\#*: }" >&2; exit 1; }; \
+	echo "$@: compiled by $$($(DENO) -V), as ENGINE=deno asks"
+
+# The last line about denort, Deno's runtime executable, says why it is not there. A failure without one is ours.
+compile-auto = if $(deno-compile); then echo "$@: compiled by $$($(DENO) -V)"; exit; fi; \
+	why=$$(grep denort $@.log | tail -n 1); [ "$$why" ] || { cat $@.log >&2; exit 1; }; $(bun-compile); \
+	echo "$@: compiled by bun $$($(BUN) -v), for want of Deno's runtime executable: $${why\#*: }"
+
+# .tools/NAME@VERSION/NAME. Install scripts are left out: all that these do is move the executable about.
+.tools/%:
+	@echo "installing $(*D) into .tools"
+	@mkdir -p $(@D)
+	@npm install --prefix $(@D) --no-save --ignore-scripts --no-audit --no-fund --fetch-retries=1 $(*D) \
+		>$(@D)/npm.log 2>&1 && cd $(@D) && \
+	for exe in node_modules/@*/*/$(@F) node_modules/@*/*/bin/$(@F); \
+	do "$$exe" --version >/dev/null 2>&1 && exec ln -sf "$$exe" $(@F); done; \
+	echo "npm did not install $(*D): is npm there, and its registry in reach? What it said: $(@D)/npm.log" >&2; exit 1
