@@ -1,0 +1,2059 @@
+#!/usr/bin/env -S deno run --allow-read --allow-write --allow-env --allow-net --allow-sys=uid
+/**
+ * codex_auth_refresh keeps the Codex CLI's ChatGPT login alive while nobody uses it.
+ *
+ * The Codex CLI refreshes `$CODEX_HOME/auth.json` only when it is used. A workspace that sits idle for more than eight
+ * days loses its login, and a human has to sign in again. This program looks at the file from time to time, redeems the
+ * refresh token before it is too late and stores the answer.
+ *
+ * Refresh tokens are single use. Whoever redeems one and does not store the answer has destroyed the login, and of two
+ * processes that redeem the same one the second is locked out. Most of what follows is about these two sentences:
+ *
+ *   configuration   what the environment says
+ *   decide          text and clock in, verdict out
+ *   post            the one request, the only part that touches the network
+ *   apply           lock, proof, store, roll-forward: the only part that writes auth.json
+ *   status          what the last attempt left, and how people, probes and scrapers see it
+ *   attempt         the four in a row
+ *   loop            when to look next, for one home or a thousand
+ *   main            the command line
+ *
+ * @module
+ */
+import { Buffer } from "node:buffer";
+import { createHash } from "node:crypto";
+import * as fs from "node:fs";
+import { basename, dirname, join, resolve } from "node:path";
+import process from "node:process";
+import { promisify } from "node:util";
+import { parseArgs as untypedParseArgs } from "@std/cli/parse-args";
+import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
+
+export const VERSION = "1.0.0";
+
+const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
+const fsync = promisify(fs.fsync);
+const SECOND = 1000;
+const MINUTE = 60 * SECOND;
+
+// ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
+// Everything comes from the environment and is checked before anything is touched. A variable that is set to the empty
+// string counts as unset; a bad value is one clear line and exit code 64.
+
+/** The client id that the Codex CLI presents (codex-rs/login/src/auth/manager.rs, CLIENT_ID). */
+const CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann";
+const DEFAULT_URL = "https://auth.openai.com/oauth/token";
+
+/** What the environment decides. Durations are whole seconds; `caFile` is read when a request is due. */
+export interface Settings {
+  readonly intervalSeconds: number;
+  readonly marginSeconds: number;
+  readonly staleSeconds: number;
+  readonly url: URL;
+  readonly caFile: { readonly name: string; readonly path: string } | null;
+  readonly inPlace: boolean;
+  readonly logFormat: "text" | "json";
+}
+
+/** A mistake of the caller: one line, exit code 64. */
+export class UsageError extends Error {}
+
+type Environment = Readonly<Record<string, string | undefined>>;
+
+/** Reads the settings; throws a {@link UsageError} that names the variable, the value and what is allowed. */
+export function readSettings(env: Environment): Settings {
+  const bad = (name: string, value: string, allowed: string) =>
+    new UsageError(`${name}=${JSON.stringify(value)}: must be ${allowed}`);
+  const seconds = (name: string, preset: number, least: number) => {
+    const value = env[name] || String(preset);
+    if (/^[0-9]+$/.test(value) && Number.isSafeInteger(+value) && +value >= least) return +value;
+    throw bad(name, value, `a whole number of seconds, at least ${least}`);
+  };
+  const oneOf = <T extends string>(name: string, ...allowed: T[]): T => {
+    const value = env[name] || allowed[0];
+    const found = allowed.find((each) => each === value);
+    if (found === undefined) throw bad(name, value ?? "", allowed.join(" or "));
+    return found;
+  };
+  const url = (name: string, value: string, allowed: string, test: (url: URL) => boolean): URL => {
+    const parsed = URL.canParse(value) ? new URL(value) : null;
+    if (parsed === null || !test(parsed)) throw bad(name, value.replace(/\/\/.*@/, "//"), allowed);
+    return parsed;
+  };
+
+  const allowHttp = oneOf("CODEX_AUTH_ALLOW_HTTP", "0", "1") === "1";
+  const endpoint = url(
+    "CODEX_REFRESH_TOKEN_URL_OVERRIDE",
+    env.CODEX_REFRESH_TOKEN_URL_OVERRIDE || DEFAULT_URL,
+    "an https URL without user and password, or http to a loopback host (CODEX_AUTH_ALLOW_HTTP=1: to any)",
+    ({ username, password, protocol, hostname }) =>
+      username + password === "" &&
+      (protocol === "https:" || protocol === "http:" && (allowHttp || isLoopback(hostname))),
+  );
+  const proxy = endpoint.protocol.replace(":", "_proxy");
+  for (const name of [proxy, proxy.toUpperCase()]) {
+    const value = env[name] && (env[name].includes("://") ? env[name] : `http://${env[name]}`);
+    if (value) url(name, value, "the URL of an http proxy", ({ protocol }) => /^https?:$/.test(protocol));
+  }
+  const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
+  const caPath = env[caName];
+  if (caPath && !fs.statSync(caPath, { throwIfNoEntry: false })?.isFile()) {
+    throw bad(caName, caPath, "a PEM file with root certificates");
+  }
+  return {
+    intervalSeconds: seconds("CODEX_AUTH_REFRESH_INTERVAL_SECONDS", 21600, 1),
+    marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
+    staleSeconds: seconds("CODEX_AUTH_STALE_AFTER_SECONDS", 604800, 1),
+    url: endpoint,
+    caFile: caPath ? { name: caName, path: caPath } : null,
+    inPlace: oneOf("CODEX_AUTH_IN_PLACE", "0", "1") === "1",
+    logFormat: oneOf("CODEX_AUTH_LOG_FORMAT", "text", "json"),
+  };
+}
+
+function isLoopback(host: string): boolean {
+  return host === "localhost" || host.endsWith(".localhost") || host === "[::1]" || /^127(\.\d+){3}$/.test(host);
+}
+
+/** One CODEX_HOME: `dir` as it was named, `real` with symlinks resolved. */
+export interface Home {
+  readonly dir: string;
+  readonly real: string;
+  readonly status: string;
+}
+
+/** The homes to look after: the arguments, else CODEX_HOME, else the Codex CLI's default. One named twice is one. */
+export function readHomes(names: readonly string[], env: Environment): Home[] {
+  const preset = env.CODEX_HOME || (env.HOME ? join(env.HOME, ".codex") : "/home/agent/.codex");
+  const homes = new Map<string, Home>();
+  for (const name of names.length > 0 ? names : [preset]) {
+    if (name === "") throw new UsageError("an empty CODEX_HOME argument");
+    const dir = resolve(name);
+    if (fs.statSync(dir, { throwIfNoEntry: false })?.isDirectory() === false) {
+      throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
+    }
+    const real = realPath(dir);
+    if (!homes.has(real)) homes.set(real, { dir, real, status: join(dir, STATUS_FILE) });
+  }
+  return [...homes.values()];
+}
+
+/** The path with symlinks resolved, as far as it exists. */
+function realPath(path: string): string {
+  try {
+    return fs.realpathSync(path);
+  } catch {
+    return dirname(path) === path ? path : join(realPath(dirname(path)), basename(path));
+  }
+}
+
+/**
+ * A token. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply` open
+ * it. The latest values are remembered, so that one that slips into a log line by another way does not get out.
+ */
+export class Secret {
+  static #recent: string[] = [];
+  readonly #value: string;
+
+  constructor(value: string) {
+    this.#value = value;
+    if (value === "" || Secret.#recent.includes(value)) return;
+    Secret.#recent.push(value);
+    if (Secret.#recent.length > 128) Secret.#recent.shift();
+  }
+  /** Replaces every token that is known by now. */
+  static redact(text: string): string {
+    return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
+  }
+  /** The value itself, for the request's body and for auth.json. */
+  open = (): string => this.#value;
+  /** The start of its SHA-256: tells tokens apart and gives none away. */
+  fingerprint = (): string => createHash("sha256").update(this.#value).digest("hex").slice(0, 16);
+  toString = (): string => "[redacted]";
+  toJSON = this.toString;
+  [Symbol.for("nodejs.util.inspect.custom")](): string {
+    return "[redacted]";
+  }
+  [Symbol.for("Deno.customInspect")](): string {
+    return "[redacted]";
+  }
+}
+
+/** A word that somebody else wrote, if it is harmless enough to repeat. */
+function tame(word: unknown): string | null {
+  const harmless = typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && Secret.redact(word) === word;
+  return harmless ? word : null;
+}
+
+/** No control characters: a file name may hold a line break, a log line may not. */
+function oneLine(text: string): string {
+  return text.replace(/\p{Cc}|\u2028|\u2029/gu, "?");
+}
+
+export type Log = (level: "info" | "warning" | "error", event: string, text: string) => void;
+
+/** A log for one home; where there are several, each line names its home. */
+function logTo(write: (line: string) => void, format: Settings["logFormat"], home: Home | null, many: boolean): Log {
+  return (level, event, text) => {
+    const time = new Date().toISOString().replace(/\.\d+Z$/, "Z");
+    const message = oneLine(Secret.redact(text));
+    const prefix = `[codex_auth_refresh ${time}] ${home !== null && many ? `[${home.dir}] ` : ""}`;
+    if (format === "text") return write(prefix + message);
+    const pairs = [...message.matchAll(/\b([a-z_]+)=([^\s<>=()]+)/g)].map(([, name, value]) => [name, value]);
+    write(JSON.stringify({ ...Object.fromEntries(pairs), time, level, event, home: home?.dir ?? null, message }));
+  };
+}
+
+// ── decide ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Is the login due? Pure: what was read and the clock go in, a verdict comes out. Nothing here throws, whatever the file
+// holds; what does not parse is unknown.
+
+type JsonObject = Record<string, unknown>;
+
+/** What a look at auth.json found. `torn`: its content is at fault, a writer may be at work. */
+export type Read =
+  | { readonly kind: "absent" | "empty" }
+  | { readonly kind: "unreadable"; readonly error: string; readonly torn: boolean }
+  | { readonly kind: "whole"; readonly text: string; readonly document: JsonObject };
+
+/** What auth.json says of the login. Moments are milliseconds since 1970, null where unknown. */
+export interface Credential {
+  /** `last_refresh` to the letter, "" where there is none. */
+  readonly lastRefresh: string;
+  readonly lastRefreshMs: number | null;
+  readonly expiresMs: number | null;
+  readonly refreshToken: Secret | null;
+}
+
+export type Verdict =
+  | { readonly kind: "skip"; readonly outcome: "skip" | "skip:no_auth_json"; readonly text: string }
+  | { readonly kind: "refresh"; readonly reasons: string; readonly token: Secret };
+
+type Rule = Pick<Settings, "marginSeconds" | "staleSeconds">;
+
+/**
+ * The verdict on a login; `force` asks even where it is fresh. The rule is the Codex CLI's own, applied earlier by the
+ * margins in `settings` (is_stale_for_proactive_refresh in codex-rs/login/src/auth/manager.rs: access token expired, or
+ * last_refresh eight days old).
+ */
+export function decide(read: Read, nowMs: number, settings: Rule, force = false) {
+  const document = read.kind === "whole" ? read.document : {};
+  const credential = credentialOf(document, nowMs);
+  return { verdict: judgeLogin(read, document, credential, nowMs, settings, force), credential };
+}
+
+function judgeLogin(
+  read: Read,
+  document: JsonObject,
+  { lastRefreshMs, expiresMs, refreshToken: token }: Credential,
+  nowMs: number,
+  { marginSeconds, staleSeconds }: Rule,
+  force: boolean,
+): Verdict {
+  const skip = (text: string): Verdict => ({ kind: "skip", outcome: "skip", text });
+  if (read.kind === "unreadable") return skip(`unreadable:${read.error}`);
+  if (read.kind !== "whole") return { kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" };
+  const mode = document.auth_mode ?? "";
+  if (typeof mode !== "string") return skip("unreadable:TypeError");
+  // Logins from before auth_mode existed are ChatGPT's unless they hold an API key (AuthDotJson::resolved_mode in
+  // codex-rs/login/src/auth/manager.rs).
+  if (mode === "" && (document.OPENAI_API_KEY ?? null) !== null) return skip("auth_mode=none");
+  const modes = ["", "chatgpt", "chatgpt_auth_tokens"];
+  if (!modes.includes(mode.toLowerCase())) return skip(`auth_mode=${tame(mode.toLowerCase()) ?? "unknown"}`);
+  if (token === null) return skip("no_refresh_token");
+
+  const exp = expiresMs === null ? null : Math.trunc((expiresMs - nowMs) / SECOND);
+  const age = ageSeconds(lastRefreshMs, nowMs);
+  const reasons: string[] = [];
+  if (exp !== null && exp <= marginSeconds) reasons.push(`exp_in=${exp}s<=${marginSeconds}s`);
+  if (age !== null && age >= staleSeconds) reasons.push(`last_refresh_age=${age}s>=${staleSeconds}s`);
+  if (exp === null && age === null) reasons.push("unparseable_metadata");
+  if (force && reasons.length === 0) reasons.push("forced");
+  if (reasons.length === 0) return skip(`fresh exp_in=${exp ?? "unknown"}s age=${age ?? "unknown"}s`);
+  return { kind: "refresh", reasons: reasons.join(","), token };
+}
+
+function ageSeconds(ms: number | null, nowMs: number): number | null {
+  return ms === null ? null : Math.max(0, Math.trunc((nowMs - ms) / SECOND));
+}
+
+function credentialOf(document: JsonObject, nowMs: number): Credential {
+  const tokens = tokensOf(document);
+  for (const value of Object.values(tokens)) new Secret(value); // known to the log from here on
+  const text = typeof document.last_refresh === "string" ? document.last_refresh : "";
+  const refreshed = parseTimestamp(text);
+  return {
+    lastRefresh: text.length <= 40 && Secret.redact(text) === text ? text : "",
+    lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
+    expiresMs: expiryOf(tokens.access_token ?? ""),
+    refreshToken: tokens.refresh_token === undefined ? null : new Secret(tokens.refresh_token),
+  };
+}
+
+const TOKEN_NAMES = ["id_token", "access_token", "refresh_token"] as const;
+type TokenName = typeof TOKEN_NAMES[number];
+
+/** The tokens of an auth.json: the strings among them that are not empty. */
+function tokensOf({ tokens }: JsonObject): Partial<Record<TokenName, string>> {
+  const pairs = TOKEN_NAMES.map((name) => [name, isObject(tokens) ? tokens[name] : null] as const);
+  return Object.fromEntries(pairs.filter(([, value]) => typeof value === "string" && value !== ""));
+}
+
+function isObject(value: unknown): value is JsonObject {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** Milliseconds since 1970 of an RFC 3339 timestamp, nine fractional digits at most, no zone meaning UTC; else null. */
+export function parseTimestamp(text: string): number | null {
+  const form = /^(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))?$/;
+  const [whole, day, time, fraction = "", zone = "Z"] = form.exec(text) ?? [];
+  const local = Date.parse(`${day}T${time}Z`);
+  // Date.parse rolls the 30th of February over; such a date is none.
+  if (whole === undefined || iso(local)?.startsWith(`${day}T${time}`) !== true) return null;
+  const moment = Date.parse(`${day}T${time}.${fraction.padEnd(3, "0").slice(0, 3)}${zone}`);
+  return Number.isNaN(moment) ? null : moment;
+}
+
+/** The claims of a JWT, unverified; null where it is none. */
+export function claimsOf(jwt: string): JsonObject | null {
+  const [, payload, signature] = jwt.split(".");
+  if (payload === undefined || signature === undefined) return null;
+  try {
+    const bytes = decodeBase64Url(payload.replace(/=+$/, ""));
+    const claims: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+    return isObject(claims) ? claims : null;
+  } catch {
+    return null;
+  }
+}
+
+/** The moment in which an access token dies: `exp` of RFC 7519, 4.1.4, in milliseconds. */
+function expiryOf(accessToken: string): number | null {
+  const exp = claimsOf(accessToken)?.exp;
+  return typeof exp === "number" && iso(exp * SECOND) !== null ? exp * SECOND : null;
+}
+
+/** ISO 8601 in UTC; null for what a Date cannot hold. */
+function iso(ms: number | null): string | null {
+  return ms !== null && Math.abs(ms) <= 8.64e15 ? new Date(ms).toISOString() : null;
+}
+
+const rawJson = (JSON as unknown as { rawJSON: (text: string) => unknown }).rawJSON;
+
+/**
+ * JSON with its numbers to the letter: `1.0e2` and twenty digits come out as they went in. Throws a SyntaxError, or a
+ * RangeError for what nests deeper than the Codex CLI reads (serde_json: 128 levels).
+ */
+export function parseExact(text: string): unknown {
+  const keep = (_key: string, value: unknown, context?: { source: string }) =>
+    typeof value === "number" && context !== undefined ? rawJson(context.source) : value;
+  const nests = (value: unknown, levels: number): boolean =>
+    typeof value !== "object" || value === null ||
+    levels > 0 && Object.values(value).every((each) => nests(each, levels - 1));
+  const value: unknown = JSON.parse(text, keep as (key: string, value: unknown) => unknown);
+  if (!nests(value, 127)) throw new RangeError("nested too deeply");
+  return value;
+}
+
+// ── post ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// One POST in the shape that the Codex CLI uses; what comes back is judged here and nowhere else. A redirect is an answer
+// like any other: following it would carry the token to another host.
+
+/** The new tokens of an answer, and the moment that auth.json will name as last_refresh. */
+export interface Grant {
+  readonly tokens: Readonly<Partial<Record<TokenName, Secret>>>;
+  readonly lastRefresh: string;
+}
+
+/**
+ * What came of a request. `status` is 0 where no answer came at all; `lost` means that the request may have gone out
+ * and its answer got lost, so that the token may be spent.
+ */
+export type Answer =
+  | { readonly kind: "granted"; readonly status: number; readonly grant: Grant; readonly unusable: TokenName[] }
+  | { readonly kind: "useless"; readonly status: number; readonly detail: string }
+  | { readonly kind: "permanent"; readonly status: number; readonly code: string | null }
+  | {
+    readonly kind: "transient";
+    readonly status: number;
+    readonly detail: string;
+    readonly retryAfterMs: number | null;
+    readonly lost: boolean;
+  };
+
+/** Error codes that say that a refresh token will never work again. */
+const DEAD_CODES = ["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"];
+
+const TRY_MS = 30 * SECOND;
+const ALL_TRIES_MS = 60 * SECOND;
+const MAX_ANSWER_BYTES = 1 << 20;
+
+/** Further root certificates, PEM. Throws where they cannot be read, since then no server could be trusted. */
+export function readRoots({ caFile }: Pick<Settings, "caFile">): string | null {
+  if (caFile === null) return null;
+  const pem = readText(caFile.path);
+  if (pem?.includes("-----BEGIN")) return pem;
+  throw new CannotStart(
+    `${caFile.name}=${caFile.path}: ${pem === null ? "cannot be read" : "holds no PEM certificate"}`,
+  );
+}
+
+/**
+ * What fetch takes beyond the standard's options; each engine ignores the other's. TLS is verified whatever the
+ * environment says, and no connection is used twice: an engine may silently repeat a request on one that turns out dead.
+ */
+async function engineOptions(roots: string | null): Promise<{ options: object; close(): void }> {
+  if (typeof Deno !== "undefined") {
+    const caCerts = roots === null ? [] : [roots];
+    const client = Deno.createHttpClient({ caCerts, poolMaxIdlePerHost: 0, http2: false });
+    return { options: { client }, close: () => client.close() };
+  }
+  // Bun takes `ca` instead of its own roots, not beside them.
+  const ca = roots === null ? {} : { ca: [...(await import("node:tls")).rootCertificates, roots] };
+  return { options: { keepalive: false, tls: { rejectUnauthorized: true, ...ca } }, close() {} };
+}
+
+/**
+ * Redeems a refresh token: 30 s a try, 60 s for all. Where a connection broke or timed out after the request may have
+ * gone out, the same token is sent again after about 1 s and 4 s: its answer is lost, but servers commonly accept a
+ * repeat for a short while. `stop` ends that: the try in hand is finished, no further one is started.
+ */
+export async function post(
+  token: Secret,
+  { url }: Pick<Settings, "url">,
+  roots: string | null,
+  stop: AbortSignal,
+  log: Log,
+): Promise<Answer> {
+  const { options, close } = await engineOptions(roots);
+  const deadline = Date.now() + ALL_TRIES_MS;
+  const once = () => postOnce(token, url, options, Math.min(TRY_MS, deadline - Date.now()));
+  try {
+    for (const pause of [1 * SECOND, 4 * SECOND]) {
+      const answer = await once();
+      const again = answer.kind === "transient" && answer.lost && Date.now() + pause < deadline;
+      if (!again || stop.aborted) return answer;
+      const why = "the token may be spent, and some servers accept a repeat";
+      log("warning", "answer_lost", `refresh: ${answer.detail}; sending it again in ${pause / SECOND} s: ${why}`);
+      await sleep(pause, stop);
+      if (stop.aborted) return answer;
+    }
+    return await once();
+  } finally {
+    close();
+  }
+}
+
+async function postOnce(token: Secret, url: URL, options: object, milliseconds: number): Promise<Answer> {
+  let response: Response | null = null;
+  try {
+    response = await fetch(url, {
+      method: "POST",
+      headers: {
+        "content-type": "application/json",
+        "user-agent": `codex_auth_refresh/${VERSION}`,
+        "connection": "close",
+      },
+      body: JSON.stringify({ client_id: CLIENT_ID, grant_type: "refresh_token", refresh_token: token.open() }),
+      redirect: "manual",
+      signal: AbortSignal.timeout(milliseconds),
+      ...options,
+    });
+    const body = await readBody(response);
+    return judge(response.status, body, response.headers.get("retry-after"), Date.now());
+  } catch (error) {
+    // A refusal whose body got lost is still a refusal.
+    if (response?.ok === false) return judge(response.status, "", response.headers.get("retry-after"), Date.now());
+    const { detail, sent } = describeFailure(error);
+    return { kind: "transient", status: 0, detail, retryAfterMs: null, lost: sent || response !== null };
+  }
+}
+
+async function readBody({ body }: Response): Promise<string> {
+  const decoder = new TextDecoder();
+  let text = "";
+  let left = MAX_ANSWER_BYTES;
+  for (const reader = body?.getReader(); reader !== undefined;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    text += decoder.decode(value.subarray(0, left), { stream: true });
+    left -= value.length;
+    if (left > 0) continue;
+    await reader.cancel().catch(() => {});
+    break;
+  }
+  return text + decoder.decode();
+}
+
+/** What an answer means. `retryAfter` is the header's value, `nowMs` the clock for its date form. */
+export function judge(status: number, body: string, retryAfter: string | null, nowMs: number): Answer {
+  const useless = (detail: string): Answer => ({ kind: "useless", status, detail });
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(body);
+  } catch {
+    parsed = undefined;
+  }
+  const fields = isObject(parsed) ? parsed : {};
+  if (status >= 200 && status <= 299) {
+    if (parsed === undefined) return useless("the answer is not JSON");
+    if (!isObject(parsed)) return useless("the answer is not an object");
+    const given = TOKEN_NAMES.filter((name) => (fields[name] ?? null) !== null);
+    const usable = given.filter((name) => isUsable(name, fields[name]));
+    if (usable.length === 0) return useless("the answer holds no usable token");
+    const tokens = Object.fromEntries(usable.map((name) => [name, new Secret(String(fields[name]))]));
+    const unusable = given.filter((name) => !usable.includes(name));
+    return { kind: "granted", status, grant: { tokens, lastRefresh: iso(nowMs) ?? "" }, unusable };
+  }
+  // The code stands in error.code, in error itself, or in code.
+  const { error } = fields;
+  const code = tame(isObject(error) ? error.code : error) ?? tame(fields.code);
+  const dead = code !== null && DEAD_CODES.includes(code);
+  if (status === 401 || dead && status >= 400 && status <= 499) return { kind: "permanent", status, code };
+  const detail = code ?? `the endpoint answered ${status}`;
+  return { kind: "transient", status, detail, retryAfterMs: parseRetryAfter(retryAfter, nowMs), lost: false };
+}
+
+/**
+ * Whether the Codex CLI can read a token back: a non-empty string that survives UTF-8. An id_token must also decode
+ * (parse_chatgpt_jwt_claims in codex-rs/login/src/token_data.rs: three parts that are not empty, no padding).
+ */
+function isUsable(name: TokenName, value: unknown): boolean {
+  if (typeof value !== "string" || value === "" || !value.isWellFormed()) return false;
+  return name !== "id_token" || /^[^.]+\.[^.=]+\.[^.]+/.test(value) && claimsOf(value) !== null;
+}
+
+/** Milliseconds to wait, from Retry-After's seconds or date (RFC 9110, 10.2.3); null where unclear. */
+export function parseRetryAfter(value: string | null, nowMs: number): number | null {
+  if (value === null) return null;
+  if (/^\d+$/.test(value)) return Number(value) * SECOND;
+  const date = Date.parse(value);
+  return Number.isNaN(date) ? null : Math.max(0, date - nowMs);
+}
+
+/** Failures of fetch in either engine's words, what they mean, and whether the request may have gone out. */
+const FAILURES: [RegExp, string, boolean][] = [
+  [/ECONNREFUSED|Connection refused/i, "connection refused", false],
+  [/ENOTFOUND|EAI_|dns error|failed to lookup/i, "the host name does not resolve", false],
+  [/TUNNEL|proxy/i, "the proxy did not connect", false],
+  [/CERT|SIGNATURE|ALTNAME|UnknownIssuer/i, "TLS: certificate refused", false],
+  [/client error \(Connect\)|EHOSTUNREACH|ENETUNREACH/i, "no connection", false],
+  [/TimeoutError/, "no answer in time", true],
+  [/ECONNRESET|reset|closed|SendRequest|reading a body|EPIPE/i, "the connection broke", true],
+];
+
+function describeFailure(error: unknown): { detail: string; sent: boolean } {
+  const { name, message, code, cause } = error as { name?: string; message?: string; code?: unknown; cause?: Error };
+  const text = `${name} ${code} ${message} ${cause?.message}`;
+  const [, detail, sent] = FAILURES.find(([pattern]) => pattern.test(text)) ?? [];
+  return { detail: detail ?? tame(code) ?? tame(name) ?? "unknown error", sent: sent ?? true };
+}
+
+// ── apply ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// The only part that writes auth.json. A lock keeps copies of this program apart; before a token is spent it is proven
+// that the answer can be stored; and from the answer on there is at every moment one whole document on the disk that
+// holds it, under auth.json's name or beside it.
+
+/** The Codex CLI's files are a few kilobytes; whatever is larger than this is no auth.json. */
+const MAX_FILE_BYTES = 16 << 20;
+
+/** Reads and classifies a file, once. */
+export function readAuth(path: string): Read {
+  let fd = -1;
+  try {
+    // O_NONBLOCK: a FIFO in this place must not hang us.
+    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    return readOpen(fd);
+  } catch (error) {
+    const code = errorName(error);
+    return ["ENOENT", "ENOTDIR"].includes(code) ? { kind: "absent" } : { kind: "unreadable", error: code, torn: false };
+  } finally {
+    closeQuietly(fd);
+  }
+}
+
+function readOpen(fd: number): Read {
+  const stat = fs.fstatSync(fd);
+  const unfit = (error: string): Read => ({ kind: "unreadable", error, torn: false });
+  if (!stat.isFile()) return unfit(stat.isDirectory() ? "EISDIR" : "EFTYPE");
+  if (stat.size > MAX_FILE_BYTES) return unfit("EFBIG");
+  // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
+  const bytes = new Uint8Array(stat.size + 1);
+  let length = 0;
+  for (let count = -1; count !== 0 && length < bytes.length; length += count) {
+    count = fs.readSync(fd, bytes, length, bytes.length - length, length);
+  }
+  if (length === 0) return { kind: "empty" };
+  try {
+    // The Codex CLI takes neither invalid UTF-8 nor a byte order mark.
+    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes.subarray(0, length));
+    const document = parseExact(text);
+    if (isObject(document)) return { kind: "whole", text, document };
+    return { kind: "unreadable", error: "TypeError", torn: true };
+  } catch (error) {
+    return { kind: "unreadable", error: errorName(error), torn: true };
+  }
+}
+
+/**
+ * Reads a file until it is whole, for half a second at most: the Codex CLI truncates auth.json and then writes it, and a
+ * look in between finds it empty or cut off.
+ */
+export async function readSettled(path: string): Promise<Read> {
+  let read = readAuth(path);
+  for (let again = 0; again < 5 && isTorn(read); again++) {
+    await sleep(100);
+    read = readAuth(path);
+  }
+  return read;
+}
+
+function isTorn(read: Read): boolean {
+  return read.kind === "empty" || read.kind === "unreadable" && read.torn;
+}
+
+function isSame(one: Read, other: Read): boolean {
+  return one.kind === other.kind && (one.kind !== "whole" || other.kind === "whole" && one.text === other.text);
+}
+
+/** The fingerprint of the refresh token in a file, null where there is none. */
+function tokenIn(read: Read): string | null {
+  const { refresh_token } = read.kind === "whole" ? tokensOf(read.document) : {};
+  return refresh_token === undefined ? null : new Secret(refresh_token).fingerprint();
+}
+
+/** The real auth.json of a home; `owner` is set only for root, who alone can give files away. */
+interface Target {
+  readonly path: string;
+  readonly owner: { readonly uid: number; readonly gid: number } | null;
+}
+
+function locate(home: Home): Target {
+  const path = realPath(join(home.real, "auth.json"));
+  if (process.getuid?.() !== 0) return { path, owner: null };
+  for (const each of [path, dirname(path)]) {
+    try {
+      const { uid, gid } = fs.statSync(each);
+      return { path, owner: { uid, gid } };
+    } catch {
+      // Not there yet: then whoever owns the folder.
+    }
+  }
+  return { path, owner: null };
+}
+
+/** Creates a file that nobody else can read, not for an instant. Fails where it exists. */
+function createPrivate(path: string, owner: Target["owner"]): number {
+  const { O_RDWR, O_CREAT, O_EXCL } = fs.constants;
+  const fd = fs.openSync(path, O_RDWR | O_CREAT | O_EXCL, 0o600);
+  try {
+    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
+    return fd;
+  } catch (error) {
+    closeQuietly(fd);
+    removeQuietly(path);
+    throw error;
+  }
+}
+
+// The lock: an exclusive SQLite transaction, never committed, on the empty file beside auth.json. The kernel holds it and
+// it dies with its holder, so that there is nothing to break, no pid and no clock to trust.
+
+type Database = { exec(sql: string): void; close(): void };
+type Engine = new (path: string, options: { timeout: number }) => Database;
+type Lock = { release(): void };
+
+const LOCK_WAIT_MS = 180 * SECOND;
+
+/** At most this many attempts hold a lock, a temporary file and a connection at a time. */
+let places = 8;
+const queue: (() => void)[] = [];
+const enter = () => places > 0 ? Promise.resolve(void places--) : new Promise<void>((go) => queue.push(go));
+const leave = () => queue.length > 0 ? queue.shift()?.() : void places++;
+
+/** Takes a home's turn; null where it was not to be had within 180 s, or before `stop`. Throws what the disk throws. */
+async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Lock | null> {
+  const { DatabaseSync } = await import("node:sqlite");
+  const deadline = Date.now() + LOCK_WAIT_MS;
+  while (!stop.aborted) {
+    await enter();
+    let lock: Lock | null = null;
+    try {
+      const database = tryLock(DatabaseSync, `${path}.lock`, owner);
+      if (database !== null) return lock = { release: () => (database.close(), leave()) };
+    } finally {
+      if (lock === null) leave();
+    }
+    if (Date.now() >= deadline) return null;
+    await sleep(50 + 200 * Math.random(), stop);
+  }
+  return null;
+}
+
+function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]): Database | null {
+  try {
+    fs.closeSync(createPrivate(path, owner));
+  } catch (error) {
+    // Once it exists nothing but SQLite may open it: closing another descriptor of ours would give the lock away, since
+    // POSIX locks belong to the process.
+    if (errorName(error) !== "EEXIST") throw error;
+  }
+  const before = fs.lstatSync(path);
+  if (!before.isFile()) throw new CannotStart(`${path} is not a file`);
+  if (owner !== null && before.uid !== owner.uid) fs.chownSync(path, owner.uid, owner.gid);
+  const database = new DatabaseSync(path, { timeout: 0 });
+  try {
+    database.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
+    database.exec("BEGIN EXCLUSIVE");
+    // A file that was replaced meanwhile is one that nobody else will find.
+    const after = fs.lstatSync(path, { throwIfNoEntry: false });
+    if (after?.ino === before.ino && after.dev === before.dev) return database;
+  } catch (error) {
+    if (!(error instanceof Error && error.message.includes("database is locked"))) {
+      database.close();
+      throw new CannotStart(`${path} cannot be locked: ${error instanceof Error ? error.message : "unknown error"}`);
+    }
+  }
+  database.close();
+  return null;
+}
+
+// The temporary file. Its name carries the fingerprint of the refresh token whose answer it holds; beside auth.json it is
+// the only place where tokens are.
+
+/** `fd` is -1 once it is closed; `content` is what is known to be on the disk, null where nothing is. */
+interface Temporary {
+  readonly path: string;
+  fd: number;
+  content: string | null;
+}
+
+/** The temporary files of ours beside an auth.json, the latest first. */
+export function findTemporaries(path: string): { path: string; fingerprint: string }[] {
+  const start = `.${basename(path)}.`;
+  return listDirectory(dirname(path)).filter((name) => name.startsWith(start)).sort().reverse().flatMap((name) => {
+    const fingerprint = /^([0-9a-f]{16})\.\d\.tmp$/.exec(name.slice(start.length))?.[1];
+    return fingerprint === undefined ? [] : [{ path: join(dirname(path), name), fingerprint }];
+  });
+}
+
+function createTemporary({ path, owner }: Target, fingerprint: string): Temporary {
+  for (let number = 0;; number++) {
+    const candidate = join(dirname(path), `.${basename(path)}.${fingerprint}.${number}.tmp`);
+    try {
+      return { path: candidate, fd: createPrivate(candidate, owner), content: null };
+    } catch (error) {
+      if (errorName(error) !== "EEXIST" || number === 9) throw error;
+    }
+  }
+}
+
+/** Whether all of it is known to be on the disk, under its own name. */
+function isIntact({ path, fd, content }: Temporary): boolean {
+  if (fd < 0 || content === null) return false;
+  const [there, ours] = [fs.lstatSync(path, { throwIfNoEntry: false }), fs.fstatSync(fd)];
+  return there?.ino === ours.ino && there.dev === ours.dev;
+}
+
+function discard(temporary: Temporary): void {
+  closeTemporary(temporary);
+  removeQuietly(temporary.path);
+}
+
+function closeTemporary(temporary: Temporary): void {
+  closeQuietly(temporary.fd);
+  temporary.fd = -1;
+}
+
+/** writeSync may stop short without an error; this does not. */
+function writeAll(fd: number, text: string): number {
+  const bytes = Buffer.from(text);
+  for (let done = 0; done < bytes.length;) {
+    const count = fs.writeSync(fd, bytes, done, bytes.length - done, done);
+    if (count <= 0) throw new DiskError("EIO");
+    done += count;
+  }
+  return bytes.length;
+}
+
+async function syncDirectory(path: string): Promise<void> {
+  const fd = fs.openSync(dirname(path), fs.constants.O_RDONLY);
+  try {
+    await fsync(fd);
+  } catch (error) {
+    // Some network file systems cannot sync a directory, and say so.
+    if (!["EINVAL", "ENOTSUP"].includes(errorName(error))) throw error;
+  } finally {
+    closeQuietly(fd);
+  }
+}
+
+// The proof, before the token is spent.
+
+/** Why no token is spent here, as a sentence for the operator. */
+class CannotStart extends Error {}
+
+/** Room for an answer: those seen take about six kilobytes. */
+const ROOM_BYTES = 128 << 10;
+
+/**
+ * Proves that an answer can be stored, and keeps the room for it: a temporary file with its blocks written and fsynced.
+ * They hold newlines, since JSON followed by them still parses. Throws a {@link CannotStart} that names the cause.
+ */
+async function prove(target: Target, fingerprint: string, size: number, inPlace: boolean): Promise<Temporary> {
+  const { path } = target;
+  let temporary: Temporary | null = null;
+  try {
+    // Opening for writing, without truncating, shows what is read-only or immutable.
+    const fd = fs.openSync(path, fs.constants.O_RDWR);
+    const { uid, nlink, dev } = fs.fstatSync(fd);
+    closeQuietly(fd);
+    const user = process.getuid?.() ?? 0;
+    const instead = "Mount the directory instead of the file";
+    const why = user !== 0 && uid !== user
+      ? `belongs to user ${uid}, this is user ${user}, and what we write the Codex CLI could not read. Run as its owner`
+      : nlink === 0
+      ? `was replaced outside of this mount and has lost its name. ${instead}`
+      : inPlace || isReplaceable(path, { nlink, dev })
+      ? null
+      : nlink > 1
+      ? "has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1"
+      : `is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`;
+    if (why !== null) throw new CannotStart(`${path} ${why}`);
+    temporary = createTemporary(target, fingerprint);
+    writeAll(temporary.fd, "\n".repeat(size + ROOM_BYTES));
+    await fsync(temporary.fd);
+    await syncDirectory(path);
+    return temporary;
+  } catch (error) {
+    if (temporary !== null) discard(temporary);
+    throw error instanceof CannotStart ? error : new CannotStart(`${path}: ${describeDisk(error)}`);
+  }
+}
+
+/** Whether a rename may take the file's place: not for a mount point, nor for one of several hard links. */
+function isReplaceable(path: string, { nlink, dev }: { nlink: number; dev: number }): boolean {
+  return nlink === 1 && dev === fs.statSync(dirname(path)).dev;
+}
+
+const DISK_ERRORS: Readonly<Record<string, string>> = {
+  EROFS: "the file system is read-only",
+  ENOSPC: "the disk is full",
+  EDQUOT: "the disk quota is used up",
+  EACCES: "no permission to write",
+  EPERM: "not permitted, the file or its directory may be immutable",
+  EIO: "the disk reports an I/O error",
+};
+
+function describeDisk(error: unknown): string {
+  const code = errorName(error);
+  return code in DISK_ERRORS ? `${DISK_ERRORS[code]} (${code})` : `cannot be written (${code})`;
+}
+
+// The store, after it.
+
+/** One answer on its way into auth.json, which is ours to write while it holds the token with this fingerprint. */
+interface Job {
+  readonly target: Target;
+  readonly fingerprint: string;
+  readonly grant: Grant;
+  readonly inPlace: boolean;
+  /** The moment, in milliseconds, to give up at; asked anew after each failure. */
+  readonly giveUpAt: () => number;
+}
+
+type Stored =
+  | { readonly kind: "stored" }
+  | { readonly kind: "superseded" }
+  | { readonly kind: "failed"; readonly error: string; readonly keptIn: string | null };
+
+const STORED: Stored = { kind: "stored" };
+const SUPERSEDED: Stored = { kind: "superseded" };
+
+/** auth.json as it was read, with the tokens and last_refresh of the grant. */
+function render(document: JsonObject, grant: Grant): string {
+  const tokens: JsonObject = isObject(document.tokens) ? { ...document.tokens } : {};
+  for (const [name, secret] of Object.entries(grant.tokens)) tokens[name] = secret.open();
+  return JSON.stringify({ ...document, tokens, last_refresh: grant.lastRefresh }, null, 2);
+}
+
+/**
+ * Stores an answer, and does not give up before `giveUpAt`. `room` is the file that {@link prove} made. The first thing
+ * that happens here is the write of the whole new document: until it is there a SIGKILL costs the login, so nothing may
+ * come before it.
+ */
+async function store(job: Job, document: JsonObject, room: Temporary | null): Promise<Stored> {
+  let temporary = room;
+  for (let pause = 250;; pause = Math.min(2 * pause, 5 * SECOND)) {
+    try {
+      temporary = await stage(job, temporary, render(document, job.grant));
+      const stored = await publish(job, temporary);
+      closeTemporary(temporary);
+      removeTemporaries(job);
+      return stored;
+    } catch (error) {
+      if (temporary !== null && !isIntact(temporary)) {
+        closeTemporary(temporary);
+        temporary = null;
+      }
+      if (Date.now() >= job.giveUpAt()) {
+        if (temporary !== null) closeTemporary(temporary);
+        const kept = findTemporaries(job.target.path).find(({ path }) => tokenIn(readAuth(path)) !== null);
+        return { kind: "failed", error: describeDisk(error), keptIn: kept?.path ?? null };
+      }
+      await sleep(pause);
+    }
+  }
+}
+
+/**
+ * Puts content into a temporary file, and onto the disk. What was written without an error but could not be fsynced is
+ * left there until a later one is safe, and never fsynced again: a second fsync may claim what the first could not do.
+ */
+async function stage(job: Job, given: Temporary | null, content: string): Promise<Temporary> {
+  if (given !== null && given.content !== null) return given;
+  const temporary = given ?? createTemporary(job.target, job.fingerprint);
+  let written = false;
+  try {
+    const length = writeAll(temporary.fd, content);
+    written = true;
+    fs.ftruncateSync(temporary.fd, length);
+    await fsync(temporary.fd);
+    if (given === null) await syncDirectory(temporary.path);
+    temporary.content = content;
+    return temporary;
+  } catch (error) {
+    closeTemporary(temporary);
+    if (written) removeTemporaries(job, temporary.path);
+    else removeQuietly(temporary.path);
+    throw error;
+  }
+}
+
+function removeTemporaries({ target, fingerprint }: Job, but?: string): void {
+  for (const left of findTemporaries(target.path)) {
+    if (left.fingerprint === fingerprint && left.path !== but) removeQuietly(left.path);
+  }
+}
+
+/**
+ * Gives the temporary file auth.json's name, if auth.json is still what the answer grew from. Looks once more afterwards
+ * for a writer that had the old file open. Throws whatever the disk throws.
+ */
+async function publish(job: Job, temporary: Temporary): Promise<Stored> {
+  const { target: { path }, fingerprint, grant } = job;
+  let busy = false;
+  for (;;) {
+    const seen = await readSettled(path);
+    if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
+    if (seen.kind === "absent" || seen.kind === "whole" && tokenIn(seen) !== fingerprint) {
+      // Somebody logged in, out or refreshed; or an earlier round got as far as the rename.
+      const ours = tokenIn(seen) !== null && tokenIn(seen) === grant.tokens.refresh_token?.fingerprint();
+      if (ours) await syncDirectory(path);
+      return ours ? STORED : SUPERSEDED;
+    }
+    if (seen.kind === "whole" && render(seen.document, grant) !== temporary.content) {
+      // Other fields changed. A second file renamed over the first: one whole document is there at every moment.
+      const second = await stage(job, null, render(seen.document, grant));
+      fs.renameSync(second.path, temporary.path);
+      closeTemporary(temporary);
+      [temporary.fd, temporary.content] = [second.fd, second.content];
+      continue;
+    }
+    const old = fs.openSync(path, fs.constants.O_RDONLY);
+    try {
+      // From this look to the rename nothing waits, so that no other writer fits in between but one that has the file
+      // open already.
+      if (!isSame(readOpen(old), seen)) continue;
+      if (!isIntact(temporary)) throw new DiskError("ENOENT");
+      if (busy || job.inPlace && !isReplaceable(path, fs.fstatSync(old))) {
+        await rewriteInPlace(path, temporary.content ?? "");
+        return STORED;
+      }
+      try {
+        fs.renameSync(temporary.path, path);
+      } catch (error) {
+        // A mount point that st_dev did not show. The answer is in hand: better in place than lost.
+        busy = errorName(error) === "EBUSY";
+        if (busy) continue;
+        throw error;
+      }
+      await insist(job, () => syncDirectory(path));
+      return await lookBack(job, old, seen, temporary.content ?? "");
+    } finally {
+      closeQuietly(old);
+    }
+  }
+}
+
+/**
+ * The last step for a file that cannot be renamed over. Truncated first, so that a rewrite that is cut off never parses:
+ * the temporary file beside it is the journal from which the next start finishes it.
+ */
+async function rewriteInPlace(path: string, content: string): Promise<void> {
+  const fd = fs.openSync(path, fs.constants.O_WRONLY);
+  try {
+    fs.ftruncateSync(fd, 0);
+    writeAll(fd, content);
+    await fsync(fd);
+  } finally {
+    closeQuietly(fd);
+  }
+}
+
+/**
+ * A writer that had auth.json open while we renamed has written into a file that lost its name. What it wrote is found
+ * through `old`: another login is put back, byte for byte; changes beside the spent token are carried over.
+ */
+async function lookBack(job: Job, old: number, seen: Read, ours: string): Promise<Stored> {
+  let late = readOpen(old);
+  if (isSame(late, seen)) return STORED;
+  for (let again = 0; again < 50 && isTorn(late); again++) {
+    await sleep(100);
+    late = readOpen(old);
+  }
+  if (late.kind !== "whole") return STORED;
+  const other = tokenIn(late) !== job.fingerprint;
+  const wanted = other ? late.text : render(late.document, job.grant);
+  const { path } = job.target;
+  await insist(job, async () => {
+    const temporary = await stage(job, null, wanted);
+    const now = readAuth(path);
+    if (now.kind === "whole" && now.text === ours) fs.renameSync(temporary.path, path);
+    closeTemporary(temporary);
+    await syncDirectory(path);
+  });
+  return other ? SUPERSEDED : STORED;
+}
+
+/** Repeats a step of the storing, whatever the disk throws, until it works or the time is up. */
+async function insist(job: Job, step: () => Promise<void>): Promise<void> {
+  for (;;) {
+    try {
+      return await step();
+    } catch (error) {
+      if (Date.now() >= job.giveUpAt()) throw error;
+      await sleep(1 * SECOND);
+    }
+  }
+}
+
+/**
+ * Finishes what an earlier run was killed in. A temporary file that parses holds an answer: where auth.json still holds
+ * the token that it grew from, or is empty or torn, the answer goes in; where auth.json has moved on, is gone, or the
+ * file does not parse, the file is removed. null where there was nothing to finish.
+ */
+async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt">): Promise<Stored | null> {
+  for (const { path, fingerprint } of findTemporaries(target.path)) {
+    const journal = readAuth(path);
+    const seen = await readSettled(target.path);
+    if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
+    if (journal.kind === "whole" && (isTorn(seen) || tokenIn(seen) === fingerprint)) {
+      const pairs = Object.entries(tokensOf(journal.document)).map(([name, value]) => [name, new Secret(value)]);
+      const grant = { tokens: Object.fromEntries(pairs), lastRefresh: String(journal.document.last_refresh ?? "") };
+      const document = seen.kind === "whole" ? seen.document : journal.document;
+      return await store({ ...rest, target, fingerprint, grant }, document, null);
+    }
+    removeQuietly(path);
+  }
+  return null;
+}
+
+class DiskError extends Error {
+  constructor(readonly code: string) {
+    super(code);
+  }
+}
+
+function readText(path: string): string | null {
+  try {
+    return fs.readFileSync(path, "utf8");
+  } catch {
+    return null;
+  }
+}
+
+function listDirectory(path: string): string[] {
+  try {
+    return fs.readdirSync(path);
+  } catch {
+    return [];
+  }
+}
+
+function removeQuietly(path: string): void {
+  try {
+    fs.unlinkSync(path);
+  } catch {
+    // Already gone, or for the next attempt to find.
+  }
+}
+
+/** What matters was fsynced before; an error of close() has nothing to add. */
+function closeQuietly(fd: number): void {
+  try {
+    if (fd >= 0) fs.closeSync(fd);
+  } catch {
+    // See above.
+  }
+}
+
+/** A system error's code, else the error's class: what a log line may say of it. */
+function errorName(error: unknown): string {
+  const { code, name } = error as { code?: unknown; name?: unknown };
+  return tame(code) ?? tame(name) ?? "Error";
+}
+
+function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const done = () => {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", done);
+      resolve();
+    };
+    const timer = setTimeout(done, signal?.aborted ? 0 : milliseconds);
+    signal?.addEventListener("abort", done);
+  });
+}
+
+// ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+// What the last attempt left: auth_refresh_status.json in the home, never a token in it. Every attempt replaces it
+// atomically and carries over what it does not itself know. The views for people, probes and scrapers read it, and
+// auth.json; they write nothing.
+
+const STATUS_FILE = "auth_refresh_status.json";
+
+export type Outcome =
+  | "refreshed"
+  | "skip"
+  | "skip:no_auth_json"
+  | "superseded"
+  | "fail:preflight"
+  | "fail:apply_response"
+  | "fail:store"
+  | "fail:locked"
+  | `fail:transient_${string}`
+  | `fail:permanent_${number}`;
+
+/** The status file; its names are an interface. Values here stand for what was never written. */
+const NO_STATUS = {
+  /** auth.json's `last_refresh` to the letter, and its age at the time of the run. */
+  last_refresh: "",
+  last_refresh_age_seconds: -1,
+  watchdog_last_outcome: "" as Outcome | "",
+  watchdog_last_run_iso: "",
+  /** The reason behind the outcome, or the server's error code. */
+  detail: null as string | null,
+  access_token_expires_iso: null as string | null,
+  /** When the loop looks next. */
+  next_run_iso: null as string | null,
+  /** The last time that this program refreshed the login. */
+  last_success_iso: null as string | null,
+  consecutive_failures: 0,
+  runs_total: 0,
+  refreshes_total: 0,
+  failures_total: 0,
+  /** The start of the SHA-256 of a refresh token that the server called dead. */
+  rejected_refresh_token_sha256: null as string | null,
+  watchdog_version: "",
+};
+export type Status = typeof NO_STATUS;
+
+/** Reads the status file; a field that is missing or of another type is as if never written. */
+export function readStatus(path: string): Status {
+  const read = readAuth(path);
+  const fields = read.kind === "whole" ? JSON.parse(read.text) as JsonObject : {};
+  const fits = ([name, preset]: [string, unknown]) =>
+    typeof preset === "number" ? Number.isSafeInteger(fields[name]) : typeof fields[name] === "string";
+  const known = Object.entries(NO_STATUS).filter(fits).map(([name]) => [name, fields[name]]);
+  return { ...NO_STATUS, ...Object.fromEntries(known) };
+}
+
+/** What auth.json says, in the status file's fields. */
+function describeCredential({ lastRefresh, lastRefreshMs, expiresMs }: Credential, nowMs: number): Partial<Status> {
+  return {
+    last_refresh: lastRefresh,
+    last_refresh_age_seconds: ageSeconds(lastRefreshMs, nowMs) ?? -1,
+    access_token_expires_iso: iso(expiresMs),
+  };
+}
+
+/**
+ * Replaces the status file by what it says now with `change` applied. A home that does not exist is not created. An
+ * error is a log line and no more: the login matters, not this file.
+ */
+function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
+  const start = `.${STATUS_FILE}.`;
+  const temporary = join(home.dir, `${start}${process.pid}.${Math.random().toString(36).slice(2)}.tmp`);
+  try {
+    const stat = fs.statSync(home.dir, { throwIfNoEntry: false });
+    if (stat === undefined) return;
+    for (const name of listDirectory(home.dir).filter((name) => name.startsWith(start))) {
+      const left = fs.lstatSync(join(home.dir, name), { throwIfNoEntry: false });
+      if (left !== undefined && Date.now() - left.mtimeMs > MINUTE) removeQuietly(join(home.dir, name));
+    }
+    const fd = createPrivate(temporary, process.getuid?.() === 0 ? { uid: stat.uid, gid: stat.gid } : null);
+    try {
+      const status = { ...readStatus(home.status), ...change, watchdog_version: VERSION };
+      writeAll(fd, JSON.stringify(status, null, 2) + "\n");
+    } finally {
+      closeQuietly(fd);
+    }
+    fs.renameSync(temporary, home.status);
+  } catch (error) {
+    removeQuietly(temporary);
+    log("warning", "status_failed", `status: ${home.status}: ${describeDisk(error)}`);
+  }
+}
+
+/** How one home stands; what `--json` prints, field by field. */
+export interface View extends Status {
+  readonly home: string;
+  /** inert: nothing here that could be refreshed, and nothing wrong with that. */
+  readonly state: "healthy" | "inert" | "unhealthy";
+  readonly reason: string;
+  readonly warnings: readonly string[];
+  /** What to do about it; null where there is nothing to do. */
+  readonly advice: string | null;
+  readonly plan: string | null;
+  readonly account_id: string | null;
+  readonly email: string | null;
+  readonly access_token_remaining_seconds: number | null;
+  readonly access_token_lifetime_seconds: number | null;
+}
+
+/** A view from what was read: auth.json, the status file, and where config.toml says that logins are kept. Pure. */
+export function view(home: string, read: Read, status: Status, store: string, nowMs: number, settings: Settings): View {
+  const { verdict, credential } = decide(read, nowMs, settings);
+  const { expiresMs, lastRefreshMs, refreshToken } = credential;
+  const document = read.kind === "whole" ? read.document : {};
+  const tokens = tokensOf(document);
+  const identity = claimsOf(tokens.id_token ?? "") ?? {};
+  const account = isObject(identity[AUTH_CLAIM]) ? identity[AUTH_CLAIM] : {};
+  const issued = claimsOf(tokens.access_token ?? "")?.iat;
+  const from = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
+  const ago = (ms: number) => `${humanize(nowMs - ms)} ago`;
+
+  const { watchdog_last_outcome: outcome, rejected_refresh_token_sha256: rejected } = status;
+  const [lastRun, nextRun] = [parseTimestamp(status.watchdog_last_run_iso), parseTimestamp(status.next_run_iso ?? "")];
+  const overdue = nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun;
+  const inert = verdict.kind === "skip" && !/^(fresh|unreadable)/.test(verdict.text) ? verdict.text : null;
+  const movedOn = rejected !== null && rejected !== refreshToken?.fingerprint() ||
+    (lastRefreshMs ?? 0) > (lastRun ?? 0);
+  const permanent = outcome.startsWith("fail:permanent_") && !movedOn;
+  const login = `log in again: CODEX_HOME=${home} codex login`;
+  const idle = lastRun === null || nowMs - lastRun > 2 * settings.intervalSeconds * SECOND;
+  const start = `start the watchdog, it ${lastRun === null ? "has never run" : `last ran ${ago(lastRun)}`} here`;
+  const [reason, advice]: [string, string | null] = overdue
+    ? [`the watchdog has not run since ${ago(lastRun ?? nextRun)}`, "start the watchdog, it is down or stuck"]
+    : verdict.kind === "skip" && verdict.text.startsWith("unreadable")
+    ? [`auth.json is ${verdict.text}`, login]
+    : inert !== null
+    ? [inert === "no_auth_json" ? "no login yet" : `nothing to refresh (${inert})`, null]
+    : permanent
+    ? [`${outcome} (${status.detail ?? "no error code"})`, login]
+    : expiresMs !== null && expiresMs <= nowMs
+    ? [`the access token expired ${ago(expiresMs)}`, idle ? start : status.detail]
+    : outcome.startsWith("fail:")
+    ? [`${outcome}, the access token is still good`, status.detail]
+    : [verdict.kind === "refresh" ? `due, ${verdict.reasons}` : "fresh", idle ? start : null];
+
+  const healthy = /^(fresh|due, )|still good$/.test(reason);
+  const warnings: string[] = [];
+  if (inert?.startsWith("auth_mode=") && refreshToken !== null) {
+    warnings.push(`there is a refresh token, but ${inert} is not refreshed`);
+  }
+  if (store !== "file") warnings.push(`config.toml keeps logins in "${store}", where this program does not look`);
+  return {
+    home,
+    state: healthy ? "healthy" : inert !== null && !overdue ? "inert" : "unhealthy",
+    reason,
+    warnings,
+    advice,
+    plan: tame(account.chatgpt_plan_type),
+    account_id: tame(account.chatgpt_account_id),
+    email: typeof identity.email === "string" ? oneLine(Secret.redact(identity.email)) : null,
+    access_token_remaining_seconds: expiresMs === null ? null : Math.trunc((expiresMs - nowMs) / SECOND),
+    access_token_lifetime_seconds: expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND),
+    ...status,
+    ...describeCredential(credential, nowMs),
+  };
+}
+
+/** The claim in which OpenAI's tokens name plan and account. */
+const AUTH_CLAIM = "https://api.openai.com/auth";
+
+/** The views of all homes, the worst first. */
+function viewAll(homes: readonly Home[], settings: Settings): View[] {
+  const order = ["unhealthy", "healthy", "inert"];
+  const views = homes.map((home) =>
+    view(home.dir, readAuth(locate(home).path), readStatus(home.status), storeOf(home), Date.now(), settings)
+  );
+  return views.sort((one, other) => order.indexOf(one.state) - order.indexOf(other.state));
+}
+
+/** Where config.toml keeps logins: its top-level `cli_auth_credentials_store`, "file" where it says nothing. */
+function storeOf(home: Home): string {
+  const top = readText(join(home.dir, "config.toml"))?.split(/^\s*\[/m)[0] ?? "";
+  return tame(/^\s*cli_auth_credentials_store\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
+}
+
+/** One line for probes. */
+function showHealth(views: readonly View[]): string {
+  const sick = views.filter(({ state }) => state === "unhealthy");
+  const [first] = sick.length > 0 ? sick : views;
+  const count = views.length > 1 ? `${sick.length} of ${views.length} homes unhealthy; ` : "";
+  return `${sick.length > 0 ? "unhealthy" : "healthy"}: ${count}${first?.home}: ${first?.reason}\n`;
+}
+
+/** For people: 80 columns, colours where wanted, one home in full or several as a table. */
+function showStatus(views: readonly View[], verbose: boolean, colour: boolean): string {
+  const codes = { healthy: 32, inert: 33, unhealthy: 31 };
+  const paint = (state: View["state"], text: string) => colour ? `\x1b[${codes[state]}m${text}\x1b[0m` : text;
+  const past = (text: string | null) => {
+    const at = parseTimestamp(text ?? "");
+    return at === null ? "never" : `${humanize(Date.now() - at)} ago`;
+  };
+  const next = ({ next_run_iso: text }: View) => {
+    const at = parseTimestamp(text ?? "");
+    return at === null
+      ? "not planned"
+      : at < Date.now()
+      ? `due for ${humanize(Date.now() - at)}`
+      : `in ${humanize(at - Date.now())}`;
+  };
+  const left = ({ access_token_remaining_seconds: seconds }: View) =>
+    seconds === null ? "unknown" : seconds > 0 ? `${humanize(seconds * SECOND)} left` : "expired";
+  const notes = (
+    { warnings, advice }: View,
+  ) => [...warnings.map((each) => `warning: ${each}`), ...(advice === null ? [] : [`to do: ${advice}`])];
+  const wrap = (text: string) => text.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ");
+  if (views.length > 1) {
+    const row = (cells: string[]) => cells.map((cell, index) => fit(cell, [9, 28, 16, 15, 12][index] ?? 8)).join("");
+    const rows = views.map((each) =>
+      paint(each.state, row([each.state, each.home, left(each), past(each.watchdog_last_run_iso), next(each)])) + "\n" +
+      notes(each).map((note) => `  ${wrap(note)}\n`).join("")
+    );
+    return row(["state", "home", "access token", "last run", "next run"]) + "\n" + rows.join("");
+  }
+  return views.map((each) => {
+    const { access_token_lifetime_seconds: life, access_token_remaining_seconds: remaining } = each;
+    const part = life === null || life <= 0 ? 0 : Math.round(20 * Math.min(1, Math.max(0, (remaining ?? 0) / life)));
+    const bar = `[${"#".repeat(part)}${"-".repeat(20 - part)}]`;
+    const who = [each.plan && `plan ${each.plan}`, each.account_id && `account ${each.account_id}`];
+    const lines = [
+      ["login", [...who, verbose && each.email].filter((each) => each).join(", ") || "unknown"],
+      ["access token", `${bar} ${left(each)}`],
+      [
+        "refresh token",
+        each.last_refresh_age_seconds < 0
+          ? "of unknown age"
+          : `${humanize(each.last_refresh_age_seconds * SECOND)} old`,
+      ],
+      ["last run", `${past(each.watchdog_last_run_iso)} ${each.watchdog_last_outcome}`.trim()],
+      ["last refresh", past(each.last_success_iso)],
+      ["failures", `${each.consecutive_failures} in a row, ${each.failures_total} of ${each.runs_total} runs`],
+      ["next run", next(each)],
+    ];
+    const title = paint(each.state, `${each.home}: ${each.state}, ${each.reason}`);
+    return `${title}\n\n${lines.map(([name = "", text]) => `  ${name.padEnd(15)}${text}\n`).join("")}` +
+      notes(each).map((note) => `\n  ${wrap(note)}\n`).join("");
+  }).join("");
+}
+
+function fit(text: string, width: number): string {
+  return text.length < width ? text.padEnd(width) : `…${text.slice(text.length - width + 2)} `;
+}
+
+/** Prometheus text (exposition format 0.0.4): gauges from the files, counters from the status file. */
+export function showMetrics(views: readonly View[]): string {
+  const at = (text: string | null) => (parseTimestamp(text ?? "") ?? NaN) / SECOND;
+  const families: [string, "gauge" | "counter", string, (view: View) => number][] = [
+    [
+      "healthy",
+      "gauge",
+      "1 where the login is in order or there is none to look after.",
+      (each) => Number(each.state !== "unhealthy"),
+    ],
+    [
+      "access_token_expiry_timestamp_seconds",
+      "gauge",
+      "When the access token expires.",
+      (each) => at(each.access_token_expires_iso),
+    ],
+    [
+      "last_refresh_timestamp_seconds",
+      "gauge",
+      "When auth.json says that it was refreshed.",
+      (each) => at(each.last_refresh),
+    ],
+    ["last_run_timestamp_seconds", "gauge", "When the watchdog last ran.", (each) => at(each.watchdog_last_run_iso)],
+    [
+      "last_success_timestamp_seconds",
+      "gauge",
+      "When the watchdog last refreshed the login.",
+      (each) => at(each.last_success_iso),
+    ],
+    ["next_run_timestamp_seconds", "gauge", "When the watchdog will look next.", (each) => at(each.next_run_iso)],
+    ["consecutive_failures", "gauge", "Failed attempts in a row.", (each) => each.consecutive_failures],
+    ["runs_total", "counter", "Attempts.", (each) => each.runs_total],
+    ["refreshes_total", "counter", "Attempts that refreshed the login.", (each) => each.refreshes_total],
+    ["failures_total", "counter", "Attempts that failed.", (each) => each.failures_total],
+  ];
+  const label = (text: string) => text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n");
+  const text = families.map(([name, type, help, value]) => {
+    const samples = views.map((each) => [each.home, value(each)] as const).filter(([, value]) => !Number.isNaN(value));
+    if (samples.length === 0) return "";
+    const full = `codex_auth_refresh_${name}`;
+    const lines = samples.map(([home, value]) => `${full}{home="${label(home)}"} ${value}\n`).join("");
+    return `# HELP ${full} ${help}\n# TYPE ${full} ${type}\n${lines}`;
+  });
+  const outcomes = views.filter((each) => each.watchdog_last_outcome !== "").map((each) =>
+    `codex_auth_refresh_last_outcome{home="${label(each.home)}",outcome="${label(each.watchdog_last_outcome)}"} 1\n`
+  );
+  const head =
+    "# HELP codex_auth_refresh_last_outcome The outcome of the last attempt.\n# TYPE codex_auth_refresh_last_outcome gauge\n";
+  return text.join("") + (outcomes.length > 0 ? head + outcomes.join("") : "");
+}
+
+/** For machines; without the e-mail address, which only `--verbose` shows. */
+function showJson(views: readonly View[]): string {
+  const plain = views.map(({ email: _email, ...rest }) => rest);
+  return JSON.stringify(plain.length === 1 ? plain[0] : plain, null, 2) + "\n";
+}
+
+// ── attempt ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+// The four in a row: decide, post, apply, status. An attempt with nothing to do takes no lock, makes no connection and
+// starts nothing. Everything that can fail ends in an outcome, never in a throw.
+
+/** What came of an attempt. `rejected` is the fingerprint of a refresh token that is known to be dead. */
+export interface Result {
+  readonly outcome: Outcome;
+  readonly detail: string | null;
+  readonly credential: Credential;
+  readonly retryAfterMs: number | null;
+  readonly rejected: string | null;
+  /** false for a dead token that was not sent again: no try, so not one more failure. */
+  readonly tried: boolean;
+}
+
+/** What an attempt needs beside its home. */
+export interface Context {
+  readonly settings: Settings;
+  readonly log: Log;
+  readonly force: boolean;
+  /** Aborted by SIGTERM: what is in hand is finished, nothing further is started. */
+  readonly stop: AbortSignal;
+  /** Until when, in milliseconds, an answer that came at `sinceMs` may be tried to store. */
+  readonly patience: (sinceMs: number) => number;
+  /** Fingerprint of a refresh token that is known to be dead, beside the one that the status file remembers. */
+  readonly rejected: string | null;
+}
+
+/** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
+export function exitCode(outcome: Outcome): 0 | 1 | 2 | 3 {
+  if (outcome === "refreshed") return 0;
+  if (outcome === "superseded" || outcome.startsWith("skip")) return 1;
+  return outcome.startsWith("fail:permanent_") ? 3 : 2;
+}
+
+/** With several homes: 3 if any is 3, else 2 if any is 2, else 0 if any is 0, else 1. */
+export function worstExit(codes: readonly number[]): number {
+  return [3, 2, 0].find((code) => codes.includes(code)) ?? 1;
+}
+
+/**
+ * One attempt on one home, its status file included. `next` plans the loop's next look, in milliseconds; a single run
+ * has none and leaves that field alone. null where `stop` came before anything was begun.
+ */
+export async function attempt(
+  home: Home,
+  context: Context,
+  next?: (result: Result) => number,
+): Promise<Result | null> {
+  const { log } = context;
+  const target = locate(home);
+  const result = await attemptUnlocked(home, target, context).catch((error: unknown) => {
+    const detail = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
+    log("error", "preflight_failed", `refresh: not started: ${detail}`);
+    return resultOf(target, "fail:preflight", detail);
+  });
+  if (result === null) return null;
+  const { outcome, detail, tried, rejected } = result;
+  const now = Date.now();
+  const before = readStatus(home.status);
+  const [failed, done] = [tried && exitCode(outcome) >= 2, outcome === "refreshed"];
+  writeStatus(home, {
+    ...describeCredential(result.credential, now),
+    watchdog_last_outcome: outcome,
+    watchdog_last_run_iso: iso(now) ?? "",
+    detail: detail === null ? null : oneLine(Secret.redact(detail)),
+    consecutive_failures: failed ? before.consecutive_failures + 1 : tried ? 0 : before.consecutive_failures,
+    runs_total: before.runs_total + 1,
+    refreshes_total: before.refreshes_total + Number(done),
+    failures_total: before.failures_total + Number(failed),
+    ...(next === undefined ? {} : { next_run_iso: iso(next(result)) }),
+    ...(done ? { last_success_iso: iso(now) } : {}),
+    ...(done || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
+  }, log);
+  return result;
+}
+
+const ANY_RULE: Rule = { marginSeconds: 0, staleSeconds: 1 };
+
+/** A result, with what auth.json says by now. */
+function resultOf(target: Target, outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result {
+  const { credential } = decide(readAuth(target.path), Date.now(), ANY_RULE);
+  return { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more };
+}
+
+async function attemptUnlocked(home: Home, target: Target, context: Context): Promise<Result | null> {
+  const { settings, log, force, stop } = context;
+  const { verdict } = decide(await readSettled(target.path), Date.now(), settings, force);
+  if (findTemporaries(target.path).length === 0) {
+    if (verdict.kind === "skip") return skipped(verdict, target, log);
+    const status = readStatus(home.status);
+    const rejected = verdict.token.fingerprint();
+    if (!force && [context.rejected, status.rejected_refresh_token_sha256].includes(rejected)) {
+      const { watchdog_last_outcome: last, detail } = status;
+      const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
+      const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
+      reportPermanent(home, outcome, code, "known to be dead, not sent again", log);
+      return resultOf(target, outcome, code, { rejected, tried: false });
+    }
+  }
+  const lock = await takeLock(target, stop);
+  if (lock === null && stop.aborted) return null;
+  if (lock === null) {
+    const holder = "another copy holds it, or the file system has no locks";
+    const detail = `${target.path}.lock was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
+    log("error", "locked", `refresh: not started: ${detail}`);
+    return resultOf(target, "fail:locked", detail);
+  }
+  try {
+    return await attemptLocked(home, target, context, verdict.kind === "refresh" ? verdict.token : null);
+  } finally {
+    lock.release();
+  }
+}
+
+/** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
+async function attemptLocked(
+  home: Home,
+  target: Target,
+  { settings, log, force, stop, patience }: Context,
+  expected: Secret | null,
+): Promise<Result | null> {
+  const { inPlace } = settings;
+  const begun = Date.now();
+  const rolled = await rollForward(target, { inPlace, giveUpAt: () => patience(begun) });
+  if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
+
+  const seen = await readSettled(target.path);
+  const { verdict } = decide(seen, Date.now(), settings, force);
+  if (verdict.kind === "skip" || seen.kind !== "whole") {
+    return verdict.kind === "skip" ? skipped(verdict, target, log) : null;
+  }
+  const fingerprint = verdict.token.fingerprint();
+  if (expected !== null && expected.fingerprint() !== fingerprint) return superseded(target, log);
+  if (stop.aborted) return null;
+
+  const roots = readRoots(settings);
+  const room = await prove(target, fingerprint, Buffer.byteLength(seen.text), inPlace);
+  const endpoint = settings.url.origin + settings.url.pathname;
+  log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
+  const answer = await post(verdict.token, settings, roots, stop, log).catch((error: unknown) => {
+    discard(room);
+    throw error;
+  });
+  if (answer.kind === "granted") {
+    const { grant, status, unusable } = answer;
+    const giveUpAt = () => patience(Date.parse(grant.lastRefresh));
+    const stored = await store({ target, fingerprint, grant, inPlace, giveUpAt }, seen.document, room);
+    const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
+    const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
+    return reportStored(stored, null, how, target, log);
+  }
+  discard(room);
+  return await reportRefused(home, answer, target, fingerprint, log);
+}
+
+function skipped({ outcome, text }: Verdict & { kind: "skip" }, target: Target, log: Log): Result {
+  const result = resultOf(target, outcome, text);
+  const absent = `skip: ${target.path} absent or empty (no chatgpt-subscription auth in this workspace)`;
+  if (outcome === "skip:no_auth_json") log("info", "no_auth_json", absent);
+  else log("info", "no_op", `no-op: ${text}`);
+  if (text.startsWith("auth_mode=") && result.credential.refreshToken !== null) {
+    log("warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use");
+  }
+  return result;
+}
+
+function superseded(target: Target, log: Log): Result {
+  const detail = "auth.json holds another login by now";
+  log("info", "superseded", `refresh: superseded, ${detail}; left alone`);
+  return resultOf(target, "superseded", detail);
+}
+
+function reportStored(stored: Stored, detail: string | null, how: string, target: Target, log: Log): Result {
+  if (stored.kind === "superseded") return superseded(target, log);
+  if (stored.kind === "stored") {
+    log("info", "refreshed", `refresh: ok (${how})`);
+    return resultOf(target, "refreshed", detail);
+  }
+  const kept = `The new tokens are in ${stored.keptIn}: do not delete it, the next attempt stores them`;
+  const text = `${stored.error}. ${stored.keptIn === null ? "The new tokens are lost: log in again" : kept}`;
+  log("error", "store_failed", `refresh: redeemed, but not stored: ${text}`);
+  return resultOf(target, "fail:store", text);
+}
+
+/** How long the Codex CLI may take to write what it was given for the token that we were refused. */
+const LOOK_AGAIN_MS = 3 * SECOND;
+
+async function reportRefused(
+  home: Home,
+  answer: Exclude<Answer, { kind: "granted" }>,
+  target: Target,
+  sent: string,
+  log: Log,
+): Promise<Result> {
+  const { status } = answer;
+  if (answer.kind === "permanent") {
+    for (const until = Date.now() + LOOK_AGAIN_MS; Date.now() < until; await sleep(100)) {
+      const now = await readSettled(target.path);
+      if (now.kind === "absent" || now.kind === "whole" && tokenIn(now) !== sent) return superseded(target, log);
+    }
+    const outcome: Outcome = `fail:permanent_${status}`;
+    const dead = answer.code !== null && DEAD_CODES.includes(answer.code);
+    reportPermanent(home, outcome, answer.code ?? "none, a proxy may have answered", "refresh_token rejected", log);
+    return resultOf(target, outcome, answer.code, { rejected: dead ? sent : null });
+  }
+  const { detail } = answer;
+  if (answer.kind === "useless") {
+    log("error", "apply_failed", `refresh: apply_response failed (http=${status}): ${detail}`);
+    return resultOf(target, "fail:apply_response", detail);
+  }
+  const http = String(status).padStart(3, "0");
+  log("warning", "transient", `refresh: transient failure (http=${http}): ${detail}; worth another try`);
+  return resultOf(target, `fail:transient_${http}`, detail, { retryAfterMs: answer.retryAfterMs });
+}
+
+function reportPermanent(home: Home, outcome: Outcome, code: string, why: string, log: Log): void {
+  const http = outcome.slice("fail:permanent_".length);
+  const remedy = `An operator must log in again: CODEX_HOME=${home.dir} codex login`;
+  log("error", "permanent", `refresh: PERMANENT FAILURE (http=${http} code=${code}) — ${why}. ${remedy}`);
+}
+
+// ── loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// When to look next is one pure function of what is known, the clock and a random number. Around it stands one timer for
+// all homes: short steps by the wall clock, so that neither a suspended machine nor a long interval oversleeps, and a
+// look at each auth.json's identity at least once a minute.
+
+/** What the scheduler goes by. */
+export interface Known {
+  /** The last outcome; "start" before the first, "changed" when somebody else wrote auth.json. */
+  readonly outcome: Outcome | "start" | "changed";
+  /** Whether a refresh is due by the rule of {@link decide}; matters where somebody else has written auth.json. */
+  readonly due: boolean;
+  readonly credential: Pick<Credential, "expiresMs" | "lastRefreshMs">;
+  /** Failures in a row, this one included. */
+  readonly failures: number;
+  readonly retryAfterMs: number | null;
+}
+
+/** The longest sleep: a new login is noticed within a minute. */
+const STEP_MS = 45 * SECOND;
+const FIRST_BACKOFF_MS = 5 * SECOND;
+
+/**
+ * The next moment to look, in milliseconds since 1970, and why. `random` is from [0, 1). Pure. A planned wait carries a
+ * jitter of up to a tenth of itself, a backoff of up to half, always added, so that a fleet that starts together or finds
+ * the endpoint back does not ask together.
+ */
+export function schedule(
+  { outcome, due, credential: { expiresMs, lastRefreshMs }, failures, retryAfterMs }: Known,
+  settings: Pick<Settings, "intervalSeconds" | "marginSeconds" | "staleSeconds">,
+  nowMs: number,
+  random: number,
+): { at: number; why: string } {
+  const interval = settings.intervalSeconds * SECOND;
+  const alive = expiresMs !== null && expiresMs > nowMs;
+  const beforeExpiry = (at: number) => alive ? Math.min(at, expiresMs) : at;
+  const planned = (at: number, why: string) => ({
+    at: Math.max(at, beforeExpiry(at + 0.1 * random * (at - nowMs))),
+    why,
+  });
+
+  if (outcome === "start" || outcome === "changed" || outcome === "superseded" && due) {
+    if (!due || !alive) return { at: nowMs, why: outcome };
+    // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
+    const half = outcome !== "start" && lastRefreshMs !== null ? (lastRefreshMs + expiresMs) / 2 : nowMs;
+    if (half > nowMs) return { at: half, why: "half of the token's life" };
+    return { at: beforeExpiry(nowMs + random * Math.min(MINUTE, interval)), why: "spread" };
+  }
+  if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
+  if (outcome.startsWith("fail:")) {
+    const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** Math.min(failures - 1, 60));
+    const asked = Math.min(interval, retryAfterMs ?? 0);
+    const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
+    return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
+  }
+  if (outcome === "skip:no_auth_json") return planned(nowMs + interval, "waiting for a login");
+
+  const margin = expiresMs === null ? Infinity : expiresMs - settings.marginSeconds * SECOND;
+  const stale = lastRefreshMs === null ? Infinity : lastRefreshMs + settings.staleSeconds * SECOND;
+  if (Math.min(margin, stale) > nowMs + interval) return planned(nowMs + interval, "interval");
+  if (outcome === "skip" && Math.min(margin, stale) <= nowMs) return planned(nowMs + interval, "nothing to refresh");
+  // Tokens that live for less than the margin are always due: without a floor that would spin.
+  const success = outcome === "refreshed";
+  const floor = success ? nowMs + Math.min(MINUTE, interval) : nowMs;
+  const half = success && expiresMs !== null ? (nowMs + expiresMs) / 2 : nowMs;
+  const [entersMargin, getsStale] = [Math.max(margin, floor, half), Math.max(stale, floor)];
+  if (entersMargin <= getsStale) return planned(entersMargin, "token enters its margin");
+  return planned(getsStale, "last_refresh gets stale");
+}
+
+/** `5 h 58 min`, for people. */
+export function humanize(milliseconds: number): string {
+  const seconds = Math.max(0, Math.round(milliseconds / SECOND));
+  const units: [number, string][] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const first = units.findIndex(([size]) => seconds >= size);
+  const parts = units.map(([size, name], index) => {
+    const bigger = units[index - 1]?.[0] ?? Infinity;
+    return `${Math.floor(seconds % bigger / size)} ${name}`;
+  });
+  return first < 0 ? "0 s" : parts.slice(first, first + 2).filter((part) => !part.startsWith("0 ")).join(" ");
+}
+
+/** One home in the loop. `at` is when to look, `identity` what auth.json was at the last look. */
+interface Watch {
+  readonly home: Home;
+  readonly log: Log;
+  busy: boolean;
+  at: number;
+  identity: string;
+  failures: number;
+  rejected: string | null;
+}
+
+/**
+ * Watches for ever; returns after `stop` is aborted and what was in hand is finished. `onHangUp` is given a function
+ * that makes every home look now.
+ */
+export async function loop(
+  homes: readonly Home[],
+  settings: Settings,
+  logOf: (home: Home) => Log,
+  stop: AbortSignal,
+  onHangUp: (look: () => void) => void,
+): Promise<void> {
+  // While it lives the loop never gives up on an answer; after a SIGTERM it has another minute.
+  let stoppedAt = Infinity;
+  let wake = new AbortController();
+  stop.addEventListener("abort", () => {
+    stoppedAt = Date.now();
+    wake.abort();
+  });
+  const patience = () => stoppedAt + MINUTE;
+
+  const plan = (watch: Watch, known: Omit<Known, "failures">): number => {
+    const now = Date.now();
+    const { at, why } = schedule({ ...known, failures: watch.failures }, settings, now, Math.random());
+    if (at > now) watch.log("info", "next", `next check in ${humanize(at - now)} (${why})`);
+    return watch.at = at;
+  };
+  // Plans without an attempt: at the start, and when somebody else has written auth.json.
+  const look = (watch: Watch, outcome: "start" | "changed"): void => {
+    watch.identity = identify(watch.home);
+    const { path } = locate(watch.home);
+    const { verdict, credential } = decide(readAuth(path), Date.now(), settings);
+    const due = verdict.kind === "refresh" && findTemporaries(path).length === 0;
+    const at = plan(watch, { outcome, due, credential, retryAfterMs: null });
+    if (at > Date.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
+  };
+  const run = async (watch: Watch): Promise<void> => {
+    const { home, log } = watch;
+    const before = identify(home);
+    const { rejected } = watch;
+    const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
+      watch.failures = exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
+      const { verdict } = decide(readAuth(locate(home).path), Date.now(), settings);
+      watch.rejected = result.rejected;
+      return plan(watch, { ...result, due: verdict.kind === "refresh" });
+    });
+    // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
+    watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
+    watch.busy = false;
+    wake.abort();
+  };
+
+  const watches = homes.map((home): Watch => (
+    { home, log: logOf(home), busy: false, at: 0, identity: "", failures: 0, rejected: null }
+  ));
+  onHangUp(() => {
+    for (const watch of watches) watch.at = 0;
+    wake.abort();
+  });
+  for (const watch of watches) look(watch, "start");
+  const running = new Set<Promise<void>>();
+  let [clock, looked] = [Date.now(), Date.now()];
+  while (!stop.aborted) {
+    const now = Date.now();
+    // A clock that was set back must not make the planned waits longer.
+    if (now < clock) { for (const watch of watches) watch.at -= clock - now; }
+    const step = now < clock || now - looked >= STEP_MS - SECOND;
+    if (step) looked = now;
+    clock = now;
+    for (const watch of watches) {
+      if (watch.busy) continue;
+      if (step && now < watch.at && identify(watch.home) !== watch.identity) look(watch, "changed");
+      if (now < watch.at) continue;
+      watch.busy = true;
+      const attempt = run(watch).finally(() => running.delete(attempt));
+      running.add(attempt);
+    }
+    wake = new AbortController();
+    const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
+    await sleep(Math.max(0, Math.min(STEP_MS, next - Date.now())), wake.signal);
+  }
+  await Promise.all(running);
+}
+
+/** What changes when auth.json is written or replaced; no more than a stat. */
+function identify(home: Home): string {
+  try {
+    const { dev, ino, size, mtimeMs } = fs.statSync(join(home.dir, "auth.json"));
+    return [dev, ino, size, mtimeMs].join(":");
+  } catch (error) {
+    return errorName(error);
+  }
+}
+
+// ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// The command line. Logs go to stderr; stdout carries only what was asked for.
+
+const HELP = `codex_auth_refresh keeps the Codex CLI's ChatGPT login alive while nobody uses it: it redeems the refresh
+token in auth.json before the login gets too old, and stores the answer so that it is not lost.
+
+Usage:
+  codex_auth_refresh [--listen ADDR:PORT] [CODEX_HOME ...]             watch for ever
+  codex_auth_refresh --once [--force] [CODEX_HOME ...]                 one attempt
+  codex_auth_refresh --status [--json | --verbose] [CODEX_HOME ...]    how it stands
+  codex_auth_refresh --health | --metrics [CODEX_HOME ...]             for probes and scrapers
+
+Flags:
+  --listen ADDR:PORT  also answer GET /healthz, /metrics and /status; PORT alone is on loopback
+  --once              one attempt; the exit code tells how it ended
+  --force             with --once: ask even where the token is fresh, or known to be dead
+  --status            the credential, the last run, the next one, and what to do where something is wrong
+  --json              with --status: for machines
+  --verbose           with --status: the e-mail address too
+  --health            one line, exit 0 where all is well, 1 where not
+  --metrics           Prometheus text
+  -h, --help          this text
+  -V, --version       version and engine
+
+Variables (one that is set to the empty string counts as unset):
+  CODEX_HOME                           the home, where none is given       $HOME/.codex
+  CODEX_AUTH_REFRESH_INTERVAL_SECONDS  look at least this often            21600 (6 hours)
+  CODEX_AUTH_SAFETY_MARGIN_SECONDS     refresh this long before expiry     14400 (4 hours)
+  CODEX_AUTH_STALE_AFTER_SECONDS       refresh when last refreshed before  604800 (7 days)
+  CODEX_REFRESH_TOKEN_URL_OVERRIDE     the endpoint   ${DEFAULT_URL}
+  CODEX_AUTH_ALLOW_HTTP                1: http also to hosts other than loopback
+  CODEX_CA_CERTIFICATE, SSL_CERT_FILE  PEM file of further roots; the first that is set
+  HTTPS_PROXY, HTTP_PROXY, NO_PROXY    as curl reads them
+  CODEX_AUTH_IN_PLACE                  1: rewrite an auth.json that cannot be renamed over (a mount
+                                       point of its own, a second hard link) in place, journalled
+  CODEX_AUTH_LOG_FORMAT                text or json                        text
+  With neither CODEX_HOME nor HOME the home is /home/agent/.codex.
+
+Exit codes of --once:
+  0   refreshed
+  1   nothing to do: fresh, no login to refresh, or somebody else has just refreshed it
+  2   transient failure, worth another try
+  3   permanent failure: an operator must log in again
+  64  usage or configuration error, before anything was touched
+  With several homes: 3 if any is 3, else 2 if any is 2, else 0 if any is 0, else 1.
+
+Files:
+  auth.json                 the login; replaced atomically, every field that is not ours kept
+  auth.json.lock            empty; copies of this program take turns on it
+  .auth.json.*.tmp          an answer on its way into auth.json: do not delete it
+  auth_refresh_status.json  what the last attempt left, never a token
+
+Examples:
+  codex_auth_refresh --once || [ $? -eq 1 ] || echo "look at the login"
+  codex_auth_refresh &
+  CODEX_AUTH_REFRESH_INTERVAL_SECONDS=3600 codex_auth_refresh /srv/homes/*/.codex
+`;
+
+const MODES = ["once", "status", "health", "metrics"] as const;
+const FLAGS = [...MODES, "force", "json", "verbose", "help", "version"] as const;
+type Arguments = Record<typeof FLAGS[number], boolean> & { _: string[]; listen?: string };
+
+function readArguments(args: readonly string[]): Arguments {
+  const valued = args.slice(0, [...args, "--"].indexOf("--")).find((arg) =>
+    /^-.*=/.test(arg) && !/^--listen=/.test(arg)
+  );
+  if (valued !== undefined) throw new UsageError(`${valued}: this flag takes no value`);
+  const parsed = untypedParseArgs([...args], {
+    boolean: FLAGS,
+    string: ["_", "listen"],
+    alias: { h: "help", V: "version" },
+    unknown: (arg: string, name?: string) => {
+      if (name !== undefined) throw new UsageError(`unknown flag ${arg}`);
+    },
+  }) as Arguments;
+  const modes = MODES.filter((mode) => parsed[mode]);
+  if (modes.length > 1) throw new UsageError(`--${modes.join(" and --")} exclude each other`);
+  if (parsed.force && !parsed.once) throw new UsageError("--force goes with --once");
+  if ((parsed.json || parsed.verbose) && !parsed.status) throw new UsageError("--json and --verbose go with --status");
+  if (parsed.json && parsed.verbose) throw new UsageError("--json and --verbose exclude each other");
+  if (parsed.listen !== undefined && modes.length > 0) throw new UsageError(`--listen does not go with --${modes[0]}`);
+  return parsed;
+}
+
+/**
+ * A sink for log lines that never stops an attempt: a line that a closed or full pipe does not take is dropped.
+ * `settled` resolves when nothing is on its way any more, or after a moment.
+ */
+function openLog(): { write: (line: string) => void; settled: () => Promise<void> } {
+  if (typeof Deno !== "undefined") {
+    let pending = 0;
+    let last = Promise.resolve();
+    const write = (line: string) => {
+      if (pending > 64) return;
+      pending++;
+      last = Deno.stderr.write(Buffer.from(line + "\n")).then(() => {}, () => {}).finally(() => pending--);
+    };
+    return { write, settled: () => Promise.race([last, sleep(200)]) };
+  }
+  let fd = 2;
+  try {
+    // A description of our own for the same pipe: it does not block, and leaves the others' as it is.
+    const { O_WRONLY, O_NONBLOCK } = fs.constants;
+    if (fs.fstatSync(2).isFIFO()) fd = fs.openSync("/proc/self/fd/2", O_WRONLY | O_NONBLOCK);
+  } catch {
+    // No /proc, or stderr is closed: then as it is.
+  }
+  const write = (line: string) => {
+    try {
+      fs.writeSync(fd, line + "\n");
+    } catch {
+      // Dropped.
+    }
+  };
+  return { write, settled: () => Promise.resolve() };
+}
+
+function print(text: string): number {
+  try {
+    for (let bytes = Buffer.from(text); bytes.length > 0;) bytes = bytes.subarray(fs.writeSync(1, bytes));
+  } catch {
+    // Whoever asked has gone.
+  }
+  return 0;
+}
+
+async function main(args: readonly string[], env: Environment): Promise<number> {
+  const { write, settled } = openLog();
+  try {
+    return await run(args, env, write);
+  } catch (error) {
+    if (!(error instanceof UsageError)) throw error;
+    write(`codex_auth_refresh: ${oneLine(error.message)} (see --help)`);
+    return 64;
+  } finally {
+    await settled();
+  }
+}
+
+async function run(args: readonly string[], env: Environment, write: (line: string) => void): Promise<number> {
+  const flags = readArguments(args);
+  if (flags.help) return print(HELP);
+  if (flags.version) {
+    const { deno, bun } = process.versions as Record<string, string | undefined>;
+    return print(`codex_auth_refresh ${VERSION} (${deno === undefined ? `bun ${bun}` : `deno ${deno}`})\n`);
+  }
+  const settings = readSettings(env);
+  const homes = readHomes(flags._, env);
+  const views = () => viewAll(homes, settings);
+  if (flags.json) return print(showJson(views()));
+  if (flags.status) {
+    const colour = !env.NO_COLOR && (await import("node:tty")).isatty(1);
+    return print(showStatus(views(), flags.verbose, colour));
+  }
+  if (flags.metrics) return print(showMetrics(views()));
+  if (flags.health) {
+    const all = views();
+    print(showHealth(all));
+    return Number(all.some(({ state }) => state === "unhealthy"));
+  }
+
+  const logOf = (home: Home | null) => logTo(write, settings.logFormat, home, homes.length > 1);
+  const log = logOf(null);
+  const stopping = new AbortController();
+  const stop = stopping.signal;
+  const stopOn = (...signals: NodeJS.Signals[]) => {
+    for (const signal of signals) {
+      process.on(signal, () => {
+        if (!stop.aborted) log("info", "stopping", `watchdog: ${signal}, finishing what is in hand`);
+        stopping.abort();
+      });
+    }
+  };
+  stopOn("SIGTERM", "SIGINT");
+  // To curl a lone asterisk in NO_PROXY means every host; Deno does not know it.
+  if ((env.no_proxy || env.NO_PROXY)?.trim() === "*") {
+    for (const name of Object.keys(env).filter((name) => /^(https?|all)_proxy$/i.test(name))) delete process.env[name];
+  }
+  if (flags.once) {
+    stopOn("SIGHUP"); // a terminal that closes must not cost an answer
+    const patience = (since: number) => since + MINUTE;
+    const context = { settings, force: flags.force, stop, patience, rejected: null };
+    const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
+    return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
+  }
+  const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
+  const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
+  log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
+  for (const home of homes) {
+    if (storeOf(home) === "file") continue;
+    log(
+      "warning",
+      "credentials_store",
+      `${home.dir}: config.toml keeps logins in "${storeOf(home)}", not in auth.json`,
+    );
+  }
+  if (flags.listen !== undefined) await listen(flags.listen, views, stop);
+  await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look));
+  return 0;
+}
+
+/** Answers `/healthz`, `/metrics` and `/status` over HTTP, and nothing else. Resolves once it listens. */
+async function listen(address: string, views: () => View[], stop: AbortSignal): Promise<void> {
+  const { createServer } = await import("node:http");
+  const [, host = "127.0.0.1", port = ""] = /^(?:\[?([^\]]+?)\]?:|:)?(\d+)$/.exec(address) ?? [];
+  if (port === "" || Number(port) > 65535) throw new UsageError(`--listen ${address}: must be ADDR:PORT, or PORT`);
+  const server = createServer((request, response) => {
+    const answer = (status: number, type: string, body: string) =>
+      response.writeHead(status, { "content-type": type, "cache-control": "no-store" }).end(body);
+    const path = request.url?.split("?")[0];
+    if (!["/healthz", "/metrics", "/status"].includes(path ?? "")) return answer(404, "text/plain", "not found\n");
+    if (request.method !== "GET") return answer(405, "text/plain", "GET only\n");
+    const all = views();
+    if (path === "/metrics") return answer(200, "text/plain; version=0.0.4; charset=utf-8", showMetrics(all));
+    if (path === "/status") return answer(200, "application/json", showJson(all));
+    return answer(all.some(({ state }) => state === "unhealthy") ? 503 : 200, "text/plain", showHealth(all));
+  });
+  await new Promise<void>((resolve, reject) => {
+    server.once("error", (error) => reject(new UsageError(`--listen ${address}: ${errorName(error)}`)));
+    server.listen(Number(port), host, resolve);
+  });
+  stop.addEventListener("abort", () => {
+    server.close();
+    server.closeAllConnections();
+  });
+}
+
+if (import.meta.main) process.exit(await main(process.argv.slice(2), process.env));

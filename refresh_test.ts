@@ -1,0 +1,1439 @@
+/**
+ * Tests of refresh.ts, in its own order. First the pure functions, then the whole program: one table of scenarios, each
+ * driven three ways, as source under Deno, as bundle under Bun and as executable, against the mock server.
+ *
+ * `make test` runs them all; `CAR_ONLY=words` only the scenarios whose names hold these words.
+ *
+ * @module
+ */
+import * as untyped from "@std/assert";
+import { Buffer } from "node:buffer";
+import { createHash } from "node:crypto";
+import * as fs from "node:fs";
+import * as net from "node:net";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { authJson, type Behaviour, jwt, type MockOptions, startMockServer } from "./mock_server.ts";
+import * as car from "./refresh.ts";
+
+const assert: (value: unknown, message?: string) => asserts value = untyped.assert;
+const assertEquals: <T>(actual: T, expected: T, message?: string) => void = untyped.assertEquals;
+const assertMatch: (actual: string, expected: RegExp, message?: string) => void = untyped.assertMatch;
+const assertThrows: (act: () => unknown, kind: new (message: string) => Error) => Error = untyped.assertThrows;
+
+const [HOUR, DAY] = [3600, 86400];
+const NOW = Date.parse("2026-01-31T12:00:00Z");
+const MODES = { margin: 14400, stale: 604800 };
+type Fields = Record<string, unknown>;
+
+const scratch = fs.realpathSync(await Deno.makeTempDir({ prefix: "codex_auth_refresh_test_" }));
+fs.chmodSync(scratch, 0o755);
+globalThis.addEventListener("unload", () => fs.rmSync(scratch, { recursive: true, force: true }));
+
+/** Numbers from [0, 1) that are the same in every run. */
+function seeded(seed: number): () => number {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let bits = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    bits ^= bits + Math.imul(bits ^ (bits >>> 7), 61 | bits);
+    return ((bits ^ (bits >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+// ── configuration ────────────────────────────────────────────────────────────────────────────────
+
+const URL_NAME = "CODEX_REFRESH_TOKEN_URL_OVERRIDE";
+const SECONDS: [string, "intervalSeconds" | "marginSeconds" | "staleSeconds", number, number][] = [
+  ["CODEX_AUTH_REFRESH_INTERVAL_SECONDS", "intervalSeconds", 21600, 1],
+  ["CODEX_AUTH_SAFETY_MARGIN_SECONDS", "marginSeconds", 14400, 0],
+  ["CODEX_AUTH_STALE_AFTER_SECONDS", "staleSeconds", 604800, 1],
+];
+
+/** Values that a variable must not have, and a word of what is allowed instead. */
+const BAD_VALUES: [string, string[], string][] = [
+  ["CODEX_AUTH_REFRESH_INTERVAL_SECONDS", ["0", "-1", "1.5", "1e3", "6h", " 5", "0x10", "9".repeat(20)], "at least 1"],
+  ["CODEX_AUTH_SAFETY_MARGIN_SECONDS", ["-1", "0.5", "four", "+1", "NaN"], "at least 0"],
+  ["CODEX_AUTH_STALE_AFTER_SECONDS", ["0", "-604800", "7d", "Infinity"], "at least 1"],
+  [URL_NAME, ["nonsense", "ftp://127.0.0.1/", "http://example.com/token", "http://127.0.0.1.example.com/"], "https"],
+  ["CODEX_AUTH_ALLOW_HTTP", ["yes", "true", "2"], "1"],
+  ["CODEX_AUTH_IN_PLACE", ["yes", "on"], "1"],
+  ["CODEX_AUTH_LOG_FORMAT", ["yaml", "JSON"], "text or json"],
+  ["CODEX_CA_CERTIFICATE", [join(scratch, "no-such.pem"), scratch], "PEM"],
+  ["SSL_CERT_FILE", [join(scratch, "no-such.pem")], "PEM"],
+  ["HTTPS_PROXY", ["http://", "ftp://127.0.0.1:21"], "proxy"],
+];
+
+Deno.test("settings have their defaults, and a variable set to the empty string counts as unset", () => {
+  const names = [...BAD_VALUES.map(([name]) => name)];
+  for (const env of [{}, Object.fromEntries(names.map((name) => [name, ""]))]) {
+    const settings = car.readSettings(env);
+    for (const [, field, preset] of SECONDS) assertEquals(settings[field], preset);
+    assertEquals(settings.url.href, "https://auth.openai.com/oauth/token");
+    assertEquals([settings.caFile, settings.inPlace, settings.logFormat], [null, false, "text"]);
+  }
+});
+
+Deno.test("settings are read from the environment", () => {
+  const pem = join(scratch, "roots.pem");
+  fs.writeFileSync(pem, "-----BEGIN CERTIFICATE-----\n");
+  for (const [name, field, , least] of SECONDS) {
+    assertEquals(car.readSettings({ [name]: String(least) })[field], least);
+    assertEquals(car.readSettings({ [name]: "2592000" })[field], 2592000);
+  }
+  for (const url of ["https://example.com/a?b=c", "http://localhost:1/", "http://127.9.9.9/x", "http://[::1]:8080/"]) {
+    assertEquals(car.readSettings({ [URL_NAME]: url }).url.href, url);
+  }
+  const plain = "http://mock:8787/oauth/token";
+  assertEquals(car.readSettings({ [URL_NAME]: plain, CODEX_AUTH_ALLOW_HTTP: "1" }).url.href, plain);
+  assert(car.readSettings({ CODEX_AUTH_IN_PLACE: "1" }).inPlace);
+  assertEquals(car.readSettings({ CODEX_AUTH_LOG_FORMAT: "json" }).logFormat, "json");
+  assertEquals(car.readSettings({ SSL_CERT_FILE: pem }).caFile?.path, pem);
+  const both = car.readSettings({ SSL_CERT_FILE: join(scratch, "ignored.pem"), CODEX_CA_CERTIFICATE: pem });
+  assertEquals(both.caFile, { name: "CODEX_CA_CERTIFICATE", path: pem });
+});
+
+Deno.test("a bad value is one line that names the variable, the value and what is allowed", () => {
+  for (const [name, values, allowed] of BAD_VALUES) {
+    for (const value of values) {
+      const { message } = assertThrows(() => car.readSettings({ [name]: value }), car.UsageError);
+      for (const part of [name, value, allowed]) assert(message.includes(part), `${message}: no ${part}`);
+      assertEquals(message.split("\n").length, 1);
+    }
+  }
+});
+
+Deno.test("a password in the endpoint's URL is refused and not repeated", () => {
+  const act = () => car.readSettings({ [URL_NAME]: "https://me:swordfish@example.com/" });
+  const { message } = assertThrows(act, car.UsageError);
+  assert(message.includes(URL_NAME) && !message.includes("swordfish"), message);
+});
+
+Deno.test("homes come from the arguments, else CODEX_HOME, else HOME, else the fixed place", () => {
+  const dirs = (names: string[], env: Record<string, string>) => car.readHomes(names, env).map(({ dir }) => dir);
+  assertEquals(dirs(["/x/a", "/x/b"], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/a", "/x/b"]);
+  assertEquals(dirs([], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/c"]);
+  assertEquals(dirs([], { CODEX_HOME: "", HOME: "/x/d" }), ["/x/d/.codex"]);
+  assertEquals(dirs([], { HOME: "" }), ["/home/agent/.codex"]);
+  assertEquals(dirs([], {}), ["/home/agent/.codex"]);
+  for (const bad of ["", join(scratch, "roots.pem")]) assertThrows(() => car.readHomes([bad], {}), car.UsageError);
+});
+
+Deno.test("a home that is named twice is one, by whatever path", () => {
+  const [real, link] = [join(scratch, "named"), join(scratch, "link")];
+  fs.mkdirSync(real);
+  fs.symlinkSync(real, link);
+  const names = [real, `${real}/`, `${scratch}/x/../named`, link, join(scratch, "absent"), join(link, "../absent")];
+  assertEquals(car.readHomes(names, {}).map(({ dir }) => dir), [real, join(scratch, "absent")]);
+});
+
+Deno.test("a token shows itself to nobody", () => {
+  const value = "rt_very-secret-value-0123456789";
+  const secret = new car.Secret(value);
+  const thrown = assertThrows(() => {
+    throw new Error(`no luck with ${secret}`);
+  }, Error);
+  const shown = [`${secret}`, "" + secret, String(secret), JSON.stringify({ secret }), JSON.stringify([secret])];
+  shown.push(Deno.inspect(secret), Deno.inspect({ deep: [secret] }), thrown.message, String(Object.values(secret)));
+  for (const text of shown) assert(!text.includes("very-secret"), text);
+  for (const text of shown.slice(0, 7)) assertMatch(text, /\[redacted\]/);
+  assertEquals(secret.open(), value);
+  assertEquals(car.Secret.redact(`a ${value} b ${value}`), "a [redacted] b [redacted]");
+  assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
+});
+
+// ── decide ───────────────────────────────────────────────────────────────────────────────────────
+
+const SETTINGS = { marginSeconds: MODES.margin, staleSeconds: MODES.stale, intervalSeconds: 21600 };
+const ago = (seconds: number) => new Date(NOW - seconds * 1000).toISOString();
+const expiring = (seconds: number) => jwt({ exp: NOW / 1000 + seconds });
+
+/** The verdict's text, or the reasons to refresh, for a login with these changes. */
+function verdict(change: Fields, tokens: Fields = {}, force = false): string {
+  const fresh = { access_token: expiring(10 * DAY), refresh_token: "rt_decide", ...tokens };
+  const document: Fields = { auth_mode: "chatgpt", tokens: fresh, last_refresh: ago(60), ...change };
+  const read = { kind: "whole", text: "", document } as const;
+  const { verdict } = car.decide(read, NOW, SETTINGS, force);
+  return verdict.kind === "skip" ? `${verdict.outcome} ${verdict.text}` : `refresh ${verdict.reasons}`;
+}
+
+Deno.test("every verdict has its text", () => {
+  const unreadable = { kind: "unreadable", error: "SyntaxError", torn: true } as const;
+  const looks: [car.Read, string][] = [
+    [{ kind: "absent" }, "skip:no_auth_json no_auth_json"],
+    [{ kind: "empty" }, "skip:no_auth_json no_auth_json"],
+    [unreadable, "skip unreadable:SyntaxError"],
+  ];
+  for (const [read, text] of looks) {
+    const { verdict } = car.decide(read, NOW, SETTINGS, true);
+    assert(verdict.kind === "skip");
+    assertEquals(`${verdict.outcome} ${verdict.text}`, text);
+  }
+  const aged = "last_refresh_age=777600s>=604800s";
+  const rows: [Fields, Fields, string][] = [
+    [{ auth_mode: "apikey" }, {}, "skip auth_mode=apikey"],
+    [{ auth_mode: "ApiKey" }, {}, "skip auth_mode=apikey"],
+    [{ auth_mode: "CHATGPT" }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
+    [{ auth_mode: "ChatGPT_Auth_Tokens" }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
+    [{ auth_mode: undefined, OPENAI_API_KEY: "sk-1" }, {}, "skip auth_mode=none"],
+    [{ auth_mode: null, OPENAI_API_KEY: "sk-1" }, {}, "skip auth_mode=none"],
+    [{ auth_mode: undefined }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
+    [{ auth_mode: undefined, OPENAI_API_KEY: null }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
+    [{ tokens: undefined }, {}, "skip no_refresh_token"],
+    [{ tokens: null }, {}, "skip no_refresh_token"],
+    [{ tokens: ["rt"] }, {}, "skip no_refresh_token"],
+    [{}, { refresh_token: "" }, "skip no_refresh_token"],
+    [{}, { refresh_token: 5 }, "skip no_refresh_token"],
+    [{ last_refresh: ago(MODES.stale - 1) }, {}, `skip fresh exp_in=${10 * DAY}s age=604799s`],
+    [{ last_refresh: ago(MODES.stale) }, {}, "refresh last_refresh_age=604800s>=604800s"],
+    [{}, { access_token: expiring(14401) }, "skip fresh exp_in=14401s age=60s"],
+    [{}, { access_token: expiring(14400) }, "refresh exp_in=14400s<=14400s"],
+    [{}, { access_token: expiring(-5) }, "refresh exp_in=-5s<=14400s"],
+    [{ last_refresh: ago(9 * DAY) }, { access_token: expiring(0) }, `refresh exp_in=0s<=14400s,${aged}`],
+    [{ last_refresh: "yesterday" }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
+    [{ last_refresh: 5 }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
+    [{ last_refresh: ago(-299) }, {}, `skip fresh exp_in=${10 * DAY}s age=0s`],
+    [{ last_refresh: ago(-301) }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
+    [{}, { access_token: "opaque" }, "skip fresh exp_in=unknowns age=60s"],
+    [{}, { access_token: jwt({ exp: "soon" }) }, "skip fresh exp_in=unknowns age=60s"],
+    [{ last_refresh: null }, { access_token: null }, "refresh unparseable_metadata"],
+    [{ last_refresh: ago(-DAY) }, { access_token: 7 }, "refresh unparseable_metadata"],
+  ];
+  for (const [change, tokens, text] of rows) assertEquals(verdict(change, tokens), text);
+  assertEquals(verdict({}, {}, true), "refresh forced");
+  assertEquals(verdict({ auth_mode: "apikey" }, {}, true), "skip auth_mode=apikey");
+});
+
+Deno.test("whatever stands in auth.json gets a verdict, and a word from it cannot forge a log line", () => {
+  const random = seeded(1);
+  const odd = [
+    null,
+    0,
+    -1,
+    1e308,
+    "",
+    "forged\n[codex_auth_refresh",
+    [],
+    {},
+    [[]],
+    true,
+    "surrogate\ud800",
+    "odd.not.jwt",
+  ];
+  const pick = () => odd[Math.floor(random() * odd.length)];
+  for (let round = 0; round < 2000; round++) {
+    const change: Fields = { auth_mode: pick(), OPENAI_API_KEY: pick(), last_refresh: pick(), tokens: pick() };
+    if (random() < 0.7) delete change.tokens;
+    if (random() < 0.7) change.auth_mode = "chatgpt";
+    const text = verdict(change, { access_token: pick(), refresh_token: pick() });
+    assertMatch(text, /^(refresh|skip) [ -~]+$/);
+  }
+});
+
+Deno.test("timestamps are RFC 3339 with up to nine digits, and without a zone they are UTC", () => {
+  const good: [string, string][] = [
+    ["2026-01-31T12:00:00Z", "2026-01-31T12:00:00.000Z"],
+    ["2026-01-31T12:00:00", "2026-01-31T12:00:00.000Z"],
+    ["2026-01-31t12:00:00z", "2026-01-31T12:00:00.000Z"],
+    ["2026-01-31T12:00:00.5Z", "2026-01-31T12:00:00.500Z"],
+    ["2026-01-31T12:00:00.123456789Z", "2026-01-31T12:00:00.123Z"],
+    ["2026-01-31T12:00:00.123456", "2026-01-31T12:00:00.123Z"],
+    ["2026-01-31T12:00:00+02:00", "2026-01-31T10:00:00.000Z"],
+    ["2026-01-31T12:00:00.000000-05:30", "2026-01-31T17:30:00.000Z"],
+    ["2024-02-29T00:00:00Z", "2024-02-29T00:00:00.000Z"],
+  ];
+  for (const [text, moment] of good) assertEquals(car.parseTimestamp(text), Date.parse(moment), text);
+  const bad = ["", "now", "2026-01-31", "2026-02-30T12:00:00Z", "2026-13-01T12:00:00Z", "2026-01-31T25:00:00Z"];
+  bad.push("1769860800", "2026-01-31T12:00:00.1234567890Z", "2026-01-31T12:00:00 UTC", "2026-01-31T12:00:00+0200");
+  for (const text of bad) assertEquals(car.parseTimestamp(text), null, text);
+});
+
+Deno.test("a token's claims are read with and without padding, and whatever is no JWT has none", () => {
+  const encode = (text: string) => Buffer.from(text).toString("base64url");
+  for (const claims of [{ exp: 1 }, { exp: 12, a: "ü" }, { exp: 123, "?": ">>>???" }]) {
+    const payload = encode(JSON.stringify(claims));
+    const padded = payload + "=".repeat((4 - payload.length % 4) % 4);
+    for (const each of [payload, padded]) assertEquals(car.claimsOf(`h.${each}.s`), claims as Fields);
+  }
+  const bad = ["", "a", "a.b", "a.b.c", "..", `h.${encode("[1]")}.s`, `h.${encode("null")}.s`, "h.!!!.s", "h.\ud800.s"];
+  for (const text of bad) assertEquals(car.claimsOf(text), null, text);
+});
+
+Deno.test("JSON comes out as it went in, numbers to the letter", () => {
+  const same = [
+    '{"a":1.0e2,"b":12345678901234567890123,"c":-0.0,"d":1E400}',
+    '[1.10,"1.10"]',
+    '{"__proto__":{"a":1.0}}',
+  ];
+  for (const text of same) assertEquals(JSON.stringify(car.parseExact(text)), text);
+  assertEquals(JSON.stringify(car.parseExact('{"a":1,"b":2,"a":3.0}')), '{"a":3.0,"b":2}');
+  assertEquals(Object.hasOwn({} as Fields, "polluted"), false);
+  const nested = (depth: number, text = "") => "[".repeat(depth) + text + "]".repeat(depth);
+  assertEquals(JSON.stringify(car.parseExact(nested(127))), nested(127));
+  assertThrows(() => car.parseExact(nested(129)), RangeError);
+  for (const text of ["", "{", "{}x", "\ufeff{}", "01"]) assertThrows(() => car.parseExact(text), SyntaxError);
+});
+
+// ── post ─────────────────────────────────────────────────────────────────────────────────────────
+
+const DEAD_CODES = ["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"];
+const ID_TOKEN = jwt({ email: "user@example.com" });
+
+Deno.test("every answer is judged by its status and its error code, wherever that stands", () => {
+  const judge = (status: number, body: unknown) =>
+    car.judge(status, typeof body === "string" ? body : JSON.stringify(body), null, NOW);
+  const all = (statuses: number[], body: unknown, kind: car.Answer["kind"]) => {
+    for (const status of statuses) assertEquals(judge(status, body).kind, kind, `${status} ${JSON.stringify(body)}`);
+  };
+  for (const code of DEAD_CODES) {
+    for (const body of [{ error: { code } }, { error: code }, { code }, { error: { code: null }, code }]) {
+      all([400, 401, 403, 422, 499], body, "permanent");
+      all([302, 500, 503], body, "transient");
+      const answer = judge(401, body);
+      assertEquals(answer.kind === "permanent" && answer.code, code);
+    }
+  }
+  for (
+    const body of ["", "<html>", "null", "[]", { error: "server_error" }, { error: { message: "no" } }, '{"code":']
+  ) {
+    const answer = judge(401, body);
+    assert(answer.kind === "permanent" && !DEAD_CODES.includes(answer.code ?? ""));
+    all([300, 307, 400, 403, 404, 408, 429, 500, 599], body, "transient");
+  }
+  for (
+    const body of ["", "<!doctype html>", '{"access_token":"a', "null", "[]", '"a"', "5", {}, { access_token: "" }]
+  ) {
+    all([200, 201, 204, 299], body, "useless");
+  }
+  all([200, 201, 299], { id_token: ID_TOKEN, access_token: "an-access-token", scope: "x" }, "granted");
+});
+
+Deno.test("each token of an answer is judged by itself", () => {
+  const rows: [Fields, string, string][] = [
+    [
+      { id_token: ID_TOKEN, access_token: "an-access-token", refresh_token: "rt_new" },
+      "id_token,access_token,refresh_token",
+      "",
+    ],
+    [{ refresh_token: "rt_new" }, "refresh_token", ""],
+    [{ access_token: "an-access-token", id_token: null }, "access_token", ""],
+    [{ id_token: "no.jwt", access_token: "", refresh_token: "rt_new" }, "refresh_token", "id_token,access_token"],
+    [
+      { id_token: {}, access_token: ["an-access-token"], refresh_token: "rt_new" },
+      "refresh_token",
+      "id_token,access_token",
+    ],
+    [{ id_token: "h.W10.s", access_token: "an-access-token" }, "access_token", "id_token"],
+    [{ id_token: "h.!!!.s", access_token: "an-access-token" }, "access_token", "id_token"],
+    [
+      { access_token: "a-lone-surrogate-\ud800", refresh_token: 5, id_token: ID_TOKEN },
+      "id_token",
+      "access_token,refresh_token",
+    ],
+  ];
+  for (const [fields, usable, unusable] of rows) {
+    const answer = car.judge(200, JSON.stringify(fields), null, NOW);
+    assert(answer.kind === "granted");
+    assertEquals([Object.keys(answer.grant.tokens).join(), answer.unusable.join()], [usable, unusable]);
+    assertEquals(Date.parse(answer.grant.lastRefresh), NOW);
+  }
+});
+
+Deno.test("Retry-After is seconds or a date, and anything else is nothing", () => {
+  const rows: [string | null, number | null][] = [[null, null], ["0", 0], ["120", 120_000], ["", null], ["soon", null]];
+  rows.push([new Date(NOW + 90_000).toUTCString(), 90_000], [new Date(NOW - 90_000).toUTCString(), 0]);
+  for (const [value, wait] of rows) assertEquals(car.parseRetryAfter(value, NOW), wait, String(value));
+  const answer = car.judge(429, "", "7", NOW);
+  assertEquals(answer.kind === "transient" && answer.retryAfterMs, 7000);
+});
+
+// ── apply ────────────────────────────────────────────────────────────────────────────────────────
+
+Deno.test("temporary files are told from other people's, and the latest comes first", () => {
+  const dir = join(scratch, "temporaries");
+  fs.mkdirSync(dir);
+  const [one, two] = ["0123456789abcdef", "fedcba9876543210"];
+  const ours = [`.auth.json.${two}.0.tmp`, `.auth.json.${one}.1.tmp`, `.auth.json.${one}.0.tmp`];
+  const others = [
+    "auth.json",
+    ".auth.json.tmp",
+    `.auth.json.${one}.tmp`,
+    `.auth.json.${one}0.0.tmp`,
+    `.x.${one}.0.tmp`,
+  ];
+  for (const name of [...ours, ...others]) fs.writeFileSync(join(dir, name), "");
+  const found = car.findTemporaries(join(dir, "auth.json"));
+  assertEquals(found.map(({ path }) => path), ours.map((name) => join(dir, name)));
+  assertEquals(found.map(({ fingerprint }) => fingerprint), [two, one, one]);
+  assertEquals(car.findTemporaries(join(dir, "absent", "auth.json")), []);
+});
+
+// ── status ───────────────────────────────────────────────────────────────────────────────────────
+
+Deno.test("a field of the status file that is missing or of the wrong type is as if never written", () => {
+  const path = join(scratch, "status.json");
+  const blank = car.readStatus(path);
+  assertEquals([blank.last_refresh, blank.last_refresh_age_seconds, blank.consecutive_failures], ["", -1, 0]);
+  assertEquals([blank.detail, blank.next_run_iso, blank.last_success_iso], [null, null, null]);
+  const odd = {
+    last_refresh: 5,
+    last_refresh_age_seconds: "1",
+    consecutive_failures: 1.5,
+    detail: {},
+    next_run_iso: 1,
+  };
+  for (const text of ["", "{", "[]", "null", "5", JSON.stringify(odd)]) {
+    fs.writeFileSync(path, text);
+    assertEquals(car.readStatus(path), blank, text);
+  }
+  fs.writeFileSync(path, JSON.stringify({ ...odd, detail: "kept", consecutive_failures: 4, more: 1 }));
+  assertEquals(car.readStatus(path), { ...blank, detail: "kept", consecutive_failures: 4 });
+});
+
+// ── attempt ──────────────────────────────────────────────────────────────────────────────────────
+
+Deno.test("outcomes have their exit codes, and of several homes the worst one counts", () => {
+  const codes: [number, car.Outcome[]][] = [
+    [0, ["refreshed"]],
+    [1, ["skip", "skip:no_auth_json", "superseded"]],
+    [2, ["fail:preflight", "fail:apply_response", "fail:store", "fail:locked", "fail:transient_000"]],
+    [2, ["fail:transient_503"]],
+    [3, ["fail:permanent_400", "fail:permanent_401"]],
+  ];
+  for (const [code, outcomes] of codes) {
+    for (const each of outcomes) assertEquals<number>(car.exitCode(each), code, each);
+  }
+  const several: [number[], number][] = [[[0, 1, 2, 3], 3], [[0, 2, 1], 2], [[1, 0, 1], 0], [[1, 1], 1], [[0], 0]];
+  for (const [all, worst] of several) assertEquals(car.worstExit(all), worst);
+});
+
+// ── loop ─────────────────────────────────────────────────────────────────────────────────────────
+
+/** Seconds until the next look. Expiry, age and Retry-After are in seconds, failures are in a row. */
+function wait(
+  outcome: car.Known["outcome"],
+  more: { exp?: number; age?: number; failures?: number; after?: number; due?: boolean; random?: number } = {},
+  settings: Partial<typeof SETTINGS> = {},
+): number {
+  const { exp, age, failures = 0, after, due = false, random = 0 } = more;
+  const credential = {
+    expiresMs: exp === undefined ? null : NOW + exp * 1000,
+    lastRefreshMs: age === undefined ? null : NOW - age * 1000,
+  };
+  const known = { outcome, due, credential, failures, retryAfterMs: after === undefined ? null : after * 1000 };
+  const { at, why } = car.schedule(known, { ...SETTINGS, ...settings }, NOW, random);
+  assert(why !== "");
+  return (at - NOW) / 1000;
+}
+const LATEST = 1 - 2 ** -53;
+const assertNear = (actual: number, expected: number) =>
+  assert(Math.abs(actual - expected) < 0.01, `${actual} is not ${expected}`);
+
+Deno.test("the next look is at the interval, at the margin or when last_refresh gets stale, whichever is first", () => {
+  const month = 30 * DAY;
+  assertNear(wait("skip", { exp: 10 * DAY, age: 60 }), 21600);
+  assertNear(wait("skip", { exp: 10 * DAY, age: 60 }, { intervalSeconds: 3600 }), 3600);
+  assertNear(wait("skip", { exp: 14460, age: 60 }), 60);
+  assertNear(wait("skip", { exp: 10 * DAY, age: 604710 }), 90);
+  assertNear(wait("skip", { exp: 14600, age: 604700 }), 100);
+  assertNear(wait("skip"), 21600);
+  assertNear(wait("refreshed", { exp: 10 * DAY, age: 0 }), 21600);
+  assertNear(wait("skip:no_auth_json"), 21600);
+  assertNear(wait("skip", { exp: 100 * DAY }, { intervalSeconds: month }), month);
+  assertNear(wait("fail:permanent_401", { exp: -5 }, { intervalSeconds: month }), month);
+});
+
+Deno.test("a planned wait carries a jitter of up to a tenth, never past the expiry", () => {
+  for (const random of [0.1, 0.5, LATEST]) {
+    assertNear(wait("skip", { exp: 10 * DAY, age: 60, random }), 21600 * (1 + random / 10));
+    assertNear(wait("skip", { exp: 10 * DAY, age: 604700, random }), 100 * (1 + random / 10));
+    assertNear(wait("fail:permanent_400", { exp: -9, random }), 21600 * (1 + random / 10));
+    assertNear(wait("skip:no_auth_json", { random }), 21600 * (1 + random / 10));
+    assertNear(wait("skip", { exp: 1000, age: 60, random }, { marginSeconds: 10 }), Math.min(1000, 990 + 99 * random));
+  }
+});
+
+Deno.test("tokens that live for less than the margin do not make it spin", () => {
+  for (const random of [0, 0.5, LATEST]) {
+    const next = wait("refreshed", { exp: HOUR, age: 0, random });
+    assert(next >= HOUR / 2 && next <= HOUR, `${next}`);
+    assert(wait("refreshed", { exp: 4, age: 0, random }) >= 60);
+    assert(wait("refreshed", { exp: -60, age: 0, random }) >= 60);
+    assert(wait("refreshed", { exp: 2, age: 0, random }, { intervalSeconds: 1, marginSeconds: 0 }) >= 1);
+    assert(wait("refreshed", { exp: 10 * DAY, age: 604805, random }) >= 60);
+  }
+});
+
+Deno.test("a transient failure backs off from 5 s, twice as long each time, up to the interval and half of it", () => {
+  for (const random of [0, 0.5, LATEST]) {
+    for (let failures = 1; failures < 80; failures++) {
+      const bare = Math.min(21600, 5 * 2 ** (failures - 1));
+      assertNear(wait("fail:transient_503", { exp: -5, failures, random }), bare * (1 + random / 2));
+    }
+    assertNear(wait("fail:store", { failures: 1, random }, { intervalSeconds: 2 }), 2 * (1 + random / 2));
+    for (const outcome of ["fail:preflight", "fail:locked", "fail:apply_response", "fail:transient_000"] as const) {
+      assertNear(wait(outcome, { exp: HOUR, failures: 3, random }), 20 * (1 + random / 2));
+    }
+  }
+});
+
+Deno.test("Retry-After is obeyed within the interval", () => {
+  for (const random of [0, LATEST]) {
+    const rows: [number, number, number][] = [[1, 3600, 3600], [9, 1, 1280], [1, 10 * DAY, 21600], [
+      1,
+      Infinity,
+      21600,
+    ]];
+    for (const [failures, after, bare] of rows) {
+      assertNear(wait("fail:transient_429", { failures, after, random }), bare * (1 + random / 2));
+    }
+  }
+});
+
+Deno.test("a start on a token that is due but good is spread over a minute, on any other it is at once", () => {
+  for (const random of [0, 0.5, LATEST]) {
+    assertNear(wait("start", { exp: HOUR, age: 60, due: true, random }), 60 * random);
+    assertNear(wait("start", { exp: -1, due: true, random }), 0);
+    assertNear(wait("start", { due: true, random }), 0);
+    assertNear(wait("start", { exp: 10 * DAY, age: 60, random }), 0);
+    assert(wait("start", { exp: 10, due: true, random }) <= 10);
+  }
+});
+
+Deno.test("the next look is never in the past, past the expiry or later than the interval allows", () => {
+  const random = seeded(7);
+  const outcomes: car.Outcome[] = ["refreshed", "skip", "skip:no_auth_json", "superseded", "fail:preflight"];
+  outcomes.push("fail:transient_500", "fail:permanent_401", "fail:store", "fail:locked");
+  const maybe = (size: number) => random() < 0.2 ? undefined : Math.round((random() - 0.3) * 10 ** (random() * size));
+  for (let round = 0; round < 20_000; round++) {
+    const outcome = outcomes[round % outcomes.length] ?? "skip";
+    const [exp, age, after] = [maybe(7), maybe(7), maybe(6)];
+    const [intervalSeconds, marginSeconds] = [Math.ceil(10 ** (random() * 6.5)), Math.floor(10 ** (random() * 5))];
+    const more = { exp, age, after, failures: Math.ceil(random() * 99), random: random() };
+    const next = wait(outcome, more, { intervalSeconds, marginSeconds });
+    const longest = Math.max(intervalSeconds * 1.5, outcome === "refreshed" ? exp ?? 0 : 0);
+    const told = `${outcome} ${next} ${JSON.stringify(more)}`;
+    assert(next >= 0 && next < longest + 0.01, told);
+    if (outcome === "refreshed") assert(next >= Math.min(60, intervalSeconds), told);
+    const good = outcome === "skip" && (exp ?? 0) > marginSeconds && (age ?? 0) < SETTINGS.staleSeconds;
+    if (good || outcome === "refreshed" && (exp ?? 0) > 60) assert(next <= (exp ?? 0), told);
+  }
+});
+
+Deno.test("durations are told in the two largest units", () => {
+  const rows: [number, string][] = [[0, "0 s"], [-5, "0 s"], [59.4, "59 s"], [61, "1 min 1 s"], [3599, "59 min 59 s"]];
+  rows.push([3660, "1 h 1 min"], [21480, "5 h 58 min"], [30 * DAY + 7200, "30 d 2 h"]);
+  for (const [seconds, text] of rows) assertEquals(car.humanize(seconds * 1000), text);
+});
+
+// ── the whole program ────────────────────────────────────────────────────────────────────────────
+
+const given = (name: string): string => {
+  const value = Deno.env.get(name);
+  if (value) return value;
+  throw new Error(`${name} is not set: start these tests with make test, which builds what they drive`);
+};
+const [DENO, BUN, BUNDLE, EXE] = ["CAR_DENO", "CAR_BUN", "CAR_BUNDLE", "CAR_EXE"].map(given) as [string, ...string[]];
+const SOURCE = join(import.meta.dirname ?? ".", "refresh.ts");
+const ALLOWED = ["--allow-read", "--allow-write", "--allow-env", "--allow-net", "--allow-sys=uid"];
+const FORMS: Record<string, string[]> = {
+  source: [DENO, "run", "--no-prompt", ...ALLOWED, SOURCE],
+  bundle: [String(BUN), String(BUNDLE)],
+  executable: [String(EXE)],
+};
+const { denoDir } = JSON.parse(output(DENO, "info", "--json")) as { denoDir: string };
+
+/** What a helper program prints. */
+function output(program: string, ...args: string[]): string {
+  const { success, stdout, stderr } = new Deno.Command(program, { args }).outputSync();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  if (!success) throw new Error(`${program} ${args.join(" ")}: ${text(stderr)}`);
+  return text(stdout);
+}
+
+/** Waits for a condition, and for no longer than it may take. */
+async function until(what: string, holds: () => boolean, seconds = 40): Promise<void> {
+  for (const end = Date.now() + seconds * 1000; !holds(); await sleep(10)) {
+    if (Date.now() > end) throw new Error(`not within ${seconds} s: ${what}`);
+  }
+}
+
+const PREFIX = /^\[codex_auth_refresh \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\] /;
+
+/** A started program. */
+class Run {
+  stdout = "";
+  stderr = "";
+  /** The exit code, or the signal that killed it. */
+  readonly ended: Promise<number | Deno.Signal>;
+  readonly #child: Deno.ChildProcess;
+
+  constructor(readonly command: string[], cwd: string, env: Record<string, string>) {
+    const [program = "", ...args] = command;
+    const streams = { stdin: "null", stdout: "piped", stderr: "piped", clearEnv: true } as const;
+    const child = this.#child = new Deno.Command(program, { args, cwd, env, ...streams }).spawn();
+    const drain = async (stream: ReadableStream<Uint8Array>, add: (text: string) => void) => {
+      for await (const text of stream.pipeThrough(new TextDecoderStream())) add(text);
+    };
+    const limit = setTimeout(() => this.kill("SIGKILL"), 60_000);
+    const all = [
+      drain(child.stdout, (text) => this.stdout += text),
+      drain(child.stderr, (text) => this.stderr += text),
+    ];
+    this.ended = Promise.all([child.status, ...all]).then(([{ code, signal }]) => signal ?? code)
+      .finally(() => clearTimeout(limit));
+  }
+  kill(signal: Deno.Signal): void {
+    try {
+      this.#child.kill(signal);
+    } catch {
+      // Ended already.
+    }
+  }
+  get lines(): string[] {
+    return this.stderr.split("\n").slice(0, -1);
+  }
+  /** The lines of the log without their time stamps. */
+  get messages(): string[] {
+    return this.lines.map((line) => line.replace(PREFIX, ""));
+  }
+  says(pattern: string | RegExp): boolean {
+    return this.messages.some((line) => typeof pattern === "string" ? line === pattern : pattern.test(line));
+  }
+  said(pattern: RegExp, times = 1): Promise<void> {
+    return until(
+      `${pattern} in ${this.stderr}`,
+      () => this.messages.filter((line) => pattern.test(line)).length >= times,
+    );
+  }
+}
+
+interface Scenario {
+  /** What a user may rely on, as a sentence. */
+  name: string;
+  /** The access token's expiry and the login's age, in seconds: by default an hour gone, and nine days. */
+  expires?: number;
+  age?: number;
+  /** Changes auth.json before it is written; `file` is another text altogether, null is none. */
+  edit?: (document: Fields & { tokens: Fields }) => void;
+  file?: string | Uint8Array | null;
+  prepare?: (stage: Stage) => void | Promise<void>;
+  mock?: MockOptions;
+  answers?: Behaviour[];
+  env?: Record<string, string>;
+  args?: string[];
+  /** What one run of the program must come to; with `run` the scenario sees to all of it. */
+  exit?: number;
+  outcome?: string;
+  detail?: string | null;
+  says?: (string | RegExp)[];
+  requests?: number;
+  after?: (stage: Stage, run: Run) => void | Promise<void>;
+  run?: (stage: Stage) => Promise<void>;
+  forms?: string[];
+  skip?: boolean;
+}
+
+/** A scratch home with a login, a token endpoint, and the program in one of its forms. */
+class Stage {
+  readonly home: string;
+  readonly auth: string;
+  readonly login: ReturnType<Mock["login"]>;
+  readonly env: Record<string, string>;
+  readonly runs: Run[] = [];
+  readonly secrets: string[] = [];
+
+  constructor(
+    readonly dir: string,
+    readonly form: string,
+    readonly mock: Mock,
+    { expires = -HOUR, age = 9 * DAY, edit, file, env, answers = [] }: Scenario,
+  ) {
+    this.home = join(dir, "home");
+    this.auth = join(this.home, "auth.json");
+    fs.mkdirSync(this.home);
+    this.login = mock.login({ accessTokenSeconds: expires });
+    const document = JSON.parse(authJson(this.login, new Date(Date.now() - age * 1000)));
+    edit?.(document);
+    if (file !== null) fs.writeFileSync(this.auth, file ?? JSON.stringify(document, null, 2) + "\n", { mode: 0o600 });
+    const path = Deno.env.get("PATH") ?? "";
+    this.env = {
+      PATH: path,
+      HOME: dir,
+      DENO_DIR: denoDir,
+      DENO_NO_UPDATE_CHECK: "1",
+      CODEX_HOME: this.home,
+      [URL_NAME]: mock.url,
+    };
+    Object.assign(this.env, env);
+    mock.next(...answers);
+    for (const answer of answers) {
+      if (answer.kind === "fields") this.secrets.push(...Object.values(answer.fields).map(String));
+    }
+  }
+  start(...args: string[]): Run {
+    return this.spawn([...FORMS[this.form] ?? [], ...args]);
+  }
+  spawn(command: string[], env: Record<string, string> = {}): Run {
+    const run = new Run(command, this.dir, { ...this.env, ...env });
+    this.runs.push(run);
+    return run;
+  }
+  text(path = this.auth): string | null {
+    return fs.statSync(path, { throwIfNoEntry: false })?.isFile() ? fs.readFileSync(path, "utf8") : null;
+  }
+  tokens = (path = this.auth): Fields => (JSON.parse(this.text(path) ?? "{}") as { tokens: Fields }).tokens;
+  status(home = this.home): Fields {
+    return JSON.parse(this.text(join(home, "auth_refresh_status.json")) ?? "null");
+  }
+  /** Whether auth.json holds the newest refresh token that the endpoint issued for this login. */
+  isNewest = (path = this.auth): boolean => {
+    const newest = this.mock.newest(this.login.refresh_token);
+    return newest !== this.login.refresh_token && this.tokens(path).refresh_token === newest;
+  };
+  /** Another home beside the first one, with a login of its own. */
+  plant(name: string, expires = -HOUR, age = 9 * DAY) {
+    const home = join(this.dir, name);
+    const auth = join(home, "auth.json");
+    const login = this.mock.login({ accessTokenSeconds: expires });
+    fs.mkdirSync(home, { recursive: true });
+    fs.writeFileSync(auth, authJson(login, new Date(Date.now() - age * 1000)), { mode: 0o600 });
+    return { home, auth, login };
+  }
+  /** A temporary file, as a run leaves it that is killed between the answer and the end of its storing. */
+  leave(text: (tokens: Fields) => string, grownFrom = this.login.refresh_token): Fields {
+    const tokens = { ...this.mock.login() };
+    const start = createHash("sha256").update(grownFrom).digest("hex").slice(0, 16);
+    fs.writeFileSync(join(this.home, `.auth.json.${start}.0.tmp`), text(tokens), { mode: 0o600 });
+    return tokens;
+  }
+  /** Sees a run to its end; `ending` is its exit code and outcome. */
+  async expect(run: Run, ending: string): Promise<void> {
+    assertEquals(`${await run.ended} ${this.status().watchdog_last_outcome}`, ending, run.stderr);
+  }
+  async once(ending: string, ...args: string[]): Promise<Run> {
+    const run = this.start("--once", ...args);
+    await this.expect(run, ending);
+    return run;
+  }
+  temporaries(): string[] {
+    return fs.readdirSync(this.home).filter((name) => name.endsWith(".tmp"));
+  }
+}
+type Mock = Awaited<ReturnType<typeof startMockServer>>;
+
+const STATUS_TYPES: Record<string, RegExp> = {
+  last_refresh: /^"[^"]*"$/,
+  last_refresh_age_seconds: /^(-1|\d+)$/,
+  watchdog_last_outcome: /^"[a-z:_0-9]+"$/,
+  watchdog_last_run_iso: /^"\d{4}-\d\d-\d\dT[0-9:.]+Z"$/,
+  detail: /^(null|".*")$/,
+  access_token_expires_iso: /^(null|"[0-9T:.-]+Z")$/,
+  next_run_iso: /^(null|"[0-9T:.-]+Z")$/,
+  last_success_iso: /^(null|"[0-9T:.-]+Z")$/,
+  consecutive_failures: /^\d+$/,
+  watchdog_version: /^"\d+\.\d+\.\d+"$/,
+};
+const mode = (path: string) => (fs.statSync(path).mode & 0o7777).toString(8);
+
+/** One run, and what must hold after any. */
+async function runOnce(stage: Stage, scenario: Scenario): Promise<void> {
+  const { args = ["--once"], exit = 0, outcome, detail, says = [], requests } = scenario;
+  const [before, existed] = [stage.text(), fs.existsSync(stage.home)];
+  const listing = fs.readdirSync(stage.home);
+  const run = stage.start(...args);
+  assertEquals(await run.ended, exit, run.stderr + run.stdout);
+  for (const each of says) {
+    const pattern = typeof each === "string" ? each.replaceAll("{auth}", stage.auth) : each;
+    assert(run.says(pattern), `no ${pattern} in ${run.stderr}`);
+  }
+  const asked = requests ?? (exit === 0 || exit === 3 ? 1 : exit === 2 ? null : 0);
+  if (asked !== null) assertEquals(stage.mock.requests.length, asked, run.stderr);
+  if (exit === 64) {
+    assertEquals(run.lines.length, 1, run.stderr);
+    assertEquals([fs.existsSync(stage.home), fs.readdirSync(stage.home)], [existed, listing]);
+  }
+  if (exit !== 0) assertEquals(stage.text(), before, "auth.json was touched");
+  else if (args.includes("--once")) assertEquals(mode(stage.auth), "600");
+  if (outcome !== undefined) {
+    const status = stage.status();
+    assertEquals([status.watchdog_last_outcome, detail ?? status.detail], [outcome, status.detail], run.stderr);
+    for (const [name, type] of Object.entries(STATUS_TYPES)) assertMatch(JSON.stringify(status[name]), type, name);
+    if (exit === 0) assertEquals(status.last_refresh, (JSON.parse(stage.text() ?? "") as Fields).last_refresh);
+    assertEquals(mode(join(stage.home, "auth_refresh_status.json")), "600");
+  }
+  assertEquals(stage.temporaries(), [], "a temporary file is left");
+  await scenario.after?.(stage, run);
+}
+
+/** Nine characters in a row of any token are a leak, wherever they are printed or written. */
+function assertNoLeak(stage: Stage): void {
+  const parts = new Set<string>();
+  for (const secret of new Set([...stage.secrets, ...stage.mock.secrets])) {
+    for (let start = 0; start + 9 <= secret.length; start++) parts.add(secret.slice(start, start + 9));
+  }
+  const texts = stage.runs.flatMap(({ stdout, stderr }) => [stdout, stderr]);
+  const others = fs.readdirSync(stage.home).filter((name) => /status/.test(name));
+  for (const text of [...texts, ...others.map((name) => stage.text(join(stage.home, name)) ?? "")]) {
+    for (let start = 0; start + 9 <= text.length; start++) {
+      assert(!parts.has(text.slice(start, start + 9)), `a part of a token in: ${text}`);
+    }
+  }
+}
+
+async function perform(scenario: Scenario, form: string, dir: string): Promise<void> {
+  fs.mkdirSync(dir);
+  const mock = await startMockServer(scenario.mock);
+  const stage = new Stage(dir, form, mock, scenario);
+  try {
+    await scenario.prepare?.(stage);
+    await (scenario.run?.(stage) ?? runOnce(stage, scenario));
+    for (const run of stage.runs) {
+      const wrong = run.lines.filter((line) => !PREFIX.test(line) && !/^(codex_auth_refresh: |\{.*\}$)/.test(line));
+      assertEquals(wrong, [], "not a log line");
+      if (!run.command.some((word) => /^(--(status|help|version)|-[hV])$/.test(word))) assertEquals(run.stdout, "");
+    }
+    assertNoLeak(stage);
+  } finally {
+    for (const run of stage.runs) run.kill("SIGKILL");
+    await Promise.all(stage.runs.map(({ ended }) => ended));
+    await mock.close();
+  }
+}
+
+// A private root and a leaf for this machine, signed by it.
+const pem = (name: string) => join(scratch, `${name}.pem`);
+function makeCertificates(): MockOptions["tls"] {
+  const openssl = (command: string) => output("openssl", ...command.split(" "));
+  try {
+    openssl("version");
+  } catch {
+    console.log("openssl is missing: what needs certificates is skipped");
+    return undefined;
+  }
+  const key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout";
+  fs.writeFileSync(pem("names"), "subjectAltName=DNS:localhost,IP:127.0.0.1\n");
+  openssl(`req -x509 ${key} ${pem("root_key")} -out ${pem("root")} -days 2 -subj /CN=root`);
+  openssl(`req ${key} ${pem("key")} -out ${pem("request")} -subj /CN=localhost`);
+  const signing = `-CA ${pem("root")} -CAkey ${pem("root_key")} -CAcreateserial -extfile ${pem("names")}`;
+  openssl(`x509 -req -in ${pem("request")} -out ${pem("leaf")} -days 2 ${signing}`);
+  return { cert: fs.readFileSync(pem("leaf"), "utf8"), key: fs.readFileSync(pem("key"), "utf8") };
+}
+
+// ── scenarios ────────────────────────────────────────────────────────────────────────────────────
+
+type Options = Partial<Scenario>;
+type Check = (stage: Stage, run: Run) => void;
+/** One `--once`; `ending` is its exit code and outcome. */
+const ends = (name: string, ending: string, options: Options = {}, after?: Check): Scenario => {
+  const [exit, outcome] = ending.split(" ");
+  return { name, exit: Number(exit), outcome, ...options, ...(after && { after }) };
+};
+const drive = (name: string, options: Options, run: (stage: Stage) => Promise<void>): Scenario => ({
+  name,
+  ...options,
+  run,
+});
+const newest: Check = (stage) => assert(stage.isNewest());
+const status = (status: number, code?: string, shape?: "error" | "code"): Behaviour => ({
+  kind: "status",
+  status,
+  code,
+  shape,
+});
+const lost = (ledger: "before" | "after"): Behaviour => ({ kind: "reset", ledger });
+const FRESH = { expires: 10 * DAY, age: 60 };
+
+/** Nothing to do: no lock, no request, no file but the status. */
+const skips = (name: string, text: string | RegExp, options: Options = {}): Scenario =>
+  ends(name, "1 skip", { says: [text], ...options }, ({ home }, { messages }) => {
+    assertEquals(messages.filter((line) => line.startsWith("refresh")), []);
+    assertEquals(fs.readdirSync(home).filter((name) => name !== "auth.json"), ["auth_refresh_status.json"]);
+  });
+const NONE = { outcome: "skip:no_auth_json", detail: "no_auth_json" };
+const ABSENT = "skip: {auth} absent or empty (no chatgpt-subscription auth in this workspace)";
+const KEY = { auth_mode: undefined, OPENAI_API_KEY: "sk-an-api-key" };
+
+const DECIDE: Scenario[] = [
+  skips("no auth.json is nothing to do", ABSENT, { ...NONE, file: null }),
+  skips("an empty auth.json is nothing to do", ABSENT, { ...NONE, file: "" }),
+  skips("broken JSON is unreadable", "no-op: unreadable:SyntaxError", { file: '{"tokens":' }),
+  skips("JSON that is a list is unreadable", "no-op: unreadable:TypeError", { file: "[1]" }),
+  skips("bytes that are no text are unreadable", /^no-op: unreadable:\w+$/, { file: new Uint8Array([123, 255, 125]) }),
+  skips("an API key is left alone", "no-op: auth_mode=apikey", { edit: (it) => it.auth_mode = "ApiKey" }),
+  skips("an API key without a mode is left alone", "no-op: auth_mode=none", { edit: (it) => Object.assign(it, KEY) }),
+  skips("no refresh token is nothing to do", "no-op: no_refresh_token", { edit: (it) => it.tokens.refresh_token = "" }),
+  skips("a fresh login is left alone", /^no-op: fresh exp_in=86(4000|3\d{3})s age=\d\ds$/, FRESH),
+  ends("a login near its expiry is refreshed", "0 refreshed", {
+    expires: HOUR,
+    age: 9,
+    says: [/=exp_in=3\d{3}s<=14400s\)$/],
+  }),
+  ends("an old login is refreshed", "0 refreshed", { expires: DAY, says: [/=last_refresh_age=7776\d\ds>=604800s\)$/] }),
+  ends("a login that tells nothing of its age is refreshed", "0 refreshed", {
+    edit: (it) => Object.assign(it, { last_refresh: "?" }).tokens.access_token = "opaque-access-token",
+    says: [/=unparseable_metadata\)$/],
+  }),
+  ends("a fresh login is refreshed by force", "0 refreshed", { ...FRESH, args: ["--once", "--force"] }, newest),
+];
+
+const answered = (name: string, answer: Behaviour, ending: string) =>
+  ends(name, ending, { answers: [answer], requests: 1 });
+const useless = (name: string, answer: Behaviour) => answered(name, answer, "2 fail:apply_response");
+const refused = (name: string, answer: Behaviour & { kind: "status" }): Scenario => ({
+  ...answered(name, answer, `3 fail:permanent_${answer.status}`),
+  detail: answer.code,
+  says: [new RegExp(`PERMANENT FAILURE \\(http=${answer.status}.*log in again`)],
+});
+/** An answer with other fields; these tokens stay as they were. */
+const rotates = (name: string, fields: Fields, ...kept: string[]): Scenario => ({
+  ...answered(name, { kind: "fields", fields }, "0 refreshed"),
+  after({ login, tokens }, run) {
+    const held = tokens();
+    for (const [token, old] of Object.entries(login)) assertEquals(held[token] === old, kept.includes(token), token);
+    if (kept.length > 0 && Object.values(fields)[0] !== undefined) assert(run.says(/unusable=/), run.stderr);
+  },
+});
+const unreachable = (name: string, url: () => string | Promise<string>): Scenario => {
+  const prepare = async (stage: Stage) => void (stage.env[URL_NAME] = await url());
+  const once: Check = (_, { lines }) => assertEquals(lines.length, 2, lines.join("\n"));
+  return ends(name, "2 fail:transient_000", { requests: 0, prepare }, once);
+};
+const grace = { prepare: ({ mock }: Stage) => void (mock.graceMilliseconds = 60_000) };
+const STARTING = /^refresh: starting \(.*reasons=exp_in=-36\d\ds<=14400s,last_refresh_age=7776\d\ds>=604800s\)$/;
+const TLS = makeCertificates();
+const ROOTS = { CODEX_CA_CERTIFICATE: pem("root") };
+const tls = (env: Record<string, string>): Options => ({ env, mock: { tls: TLS }, skip: TLS === undefined });
+/** Over TLS, through a CONNECT proxy where `tunnels` is 1, else past it. */
+const proxied = (name: string, tunnels: number, env: Record<string, string>): Scenario =>
+  drive(name, tls({ ...ROOTS, ...env }), async (stage) => {
+    const asked: string[] = [];
+    const proxy = net.createServer((socket) => {
+      socket.on("error", () => {}).once("data", (head) => {
+        const [, host = "", port] = /^CONNECT ([^:]+):(\d+) /.exec(String(head)) ?? [];
+        asked.push(`${host}:${port}`);
+        const server = net.connect(Number(port), host).on("error", () => socket.destroy());
+        socket.write("HTTP/1.1 200 OK\r\n\r\n");
+        socket.pipe(server).pipe(socket);
+      });
+    });
+    await new Promise<void>((done) => void proxy.listen(0, "127.0.0.1", done));
+    stage.env.HTTPS_PROXY = `http://127.0.0.1:${(proxy.address() as net.AddressInfo).port}`;
+    stage.env[URL_NAME] = `https://localhost:${stage.mock.port}/oauth/token`;
+    await stage.once("0 refreshed");
+    proxy.close();
+    assertEquals(asked, Array(tunnels).fill(`localhost:${stage.mock.port}`));
+  });
+
+const POST: Scenario[] = [
+  ends("a refresh is one request in the Codex CLI's own shape", "0 refreshed", { says: [STARTING] }, (stage, run) => {
+    newest(stage, run);
+    const { refresh_token } = stage.login;
+    const body = { client_id: "app_EMoamEEZ73f0CkXaXp7hrann", grant_type: "refresh_token", refresh_token };
+    assertEquals<Fields>(JSON.parse(stage.mock.lastRequestBody()), body);
+    const { method, headers } = stage.mock.requests[0] ?? { headers: {} as Record<string, string> };
+    assertEquals([method, headers["content-type"]], ["POST", "application/json"]);
+    assertEquals(headers["user-agent"], `codex_auth_refresh/${car.VERSION}`);
+  }),
+  rotates("tokens that are all usable are all stored", { scope: "openid" }),
+  rotates("an id_token that is no JWT is left out", { id_token: "not-a-jwt-at-all" }, "id_token"),
+  rotates("a token that is no Unicode text is left out", { access_token: "surrogate-\ud800-alone" }, "access_token"),
+  rotates("a token that is missing is left as it was", { refresh_token: undefined }, "refresh_token"),
+  rotates("a new refresh_token is kept beside rubbish", { id_token: 5, access_token: {} }, "id_token", "access_token"),
+  useless("a page for people instead of tokens is worth another try", { kind: "html" }),
+  useless("an answer that breaks off is worth another try", { kind: "cut_json" }),
+  useless("an answer that is no object is worth another try", { kind: "raw", body: "[]" }),
+  useless("an answer without a token is worth another try", { kind: "raw", body: '{"access_token":""}', status: 201 }),
+  useless("an endless answer is cut off", { kind: "endless" }),
+  refused("a spent token needs a new login", { kind: "status", status: 401, code: "refresh_token_reused" }),
+  refused("an expired token needs a new login", {
+    kind: "status",
+    status: 400,
+    code: "refresh_token_expired",
+    shape: "error",
+  }),
+  refused("an invalidated token needs a new login", {
+    kind: "status",
+    status: 403,
+    code: "refresh_token_invalidated",
+    shape: "code",
+  }),
+  refused("an invalid grant needs a new login", { kind: "status", status: 400, code: "invalid_grant", shape: "error" }),
+  answered("a 400 for another reason is worth another try", status(400), "2 fail:transient_400"),
+  answered("a 500 is worth another try whatever it names", status(500, "refresh_token_reused"), "2 fail:transient_500"),
+  answered("a server in trouble is worth another try", status(503), "2 fail:transient_503"),
+  answered("too many requests are worth another try", { kind: "retry_after", value: "9" }, "2 fail:transient_429"),
+  drive("a redirect receives nothing", {}, async (stage) => {
+    const other = await startMockServer();
+    for (const status of [302, 307, 308]) {
+      stage.mock.next({ kind: "redirect", location: other.url, status });
+      await stage.once(`2 fail:transient_${status}`);
+    }
+    await other.close();
+    assertEquals([stage.mock.requests.length, other.requests.length], [3, 0]);
+  }),
+  unreachable("a refused connection is not tried again at once", async () => {
+    const other = await startMockServer();
+    await other.close();
+    return other.url;
+  }),
+  unreachable("a host that does not resolve is not tried again at once", () => "https://no-such-host.invalid/token"),
+  ends("a lost answer is asked for again", "0 refreshed", { ...grace, answers: [lost("after")], requests: 2 }, newest),
+  ends("an answer that broke off is asked for again, twice if need be", "0 refreshed", {
+    ...grace,
+    answers: [{ kind: "truncated" }, lost("before")],
+    requests: 3,
+  }, newest),
+  ends("an answer that is lost for good needs a new login", "3 fail:permanent_401", {
+    answers: [lost("after")],
+    requests: 2,
+    detail: "refresh_token_reused",
+  }),
+  ends("a connection that breaks three times is worth another try later", "2 fail:transient_000", {
+    answers: [lost("before"), lost("before"), lost("before")],
+    requests: 3,
+  }),
+  ends("a certificate of an unknown root is refused", "2 fail:transient_000", { ...tls({}), requests: 0 }),
+  ends("NODE_TLS_REJECT_UNAUTHORIZED=0 switches no check of certificates off", "2 fail:transient_000", {
+    ...tls({ NODE_TLS_REJECT_UNAUTHORIZED: "0" }),
+    requests: 0,
+  }),
+  ends("a root in CODEX_CA_CERTIFICATE is trusted", "0 refreshed", tls(ROOTS)),
+  ends("a root in SSL_CERT_FILE is trusted", "0 refreshed", tls({ SSL_CERT_FILE: pem("root") })),
+  proxied("HTTPS_PROXY is used", 1, {}),
+  proxied("NO_PROXY with the host's name goes past the proxy", 0, { NO_PROXY: "localhost" }),
+  proxied("NO_PROXY with an asterisk goes past the proxy", 0, { NO_PROXY: "*" }),
+];
+
+// Root sees no missing permission, so some scenarios are for somebody else.
+const ROOT = Deno.uid() === 0;
+const NOBODY = ROOT ? ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] : [];
+const unprivileged = (name: string, says: RegExp, skip: boolean, prepare: (stage: Stage) => void): Scenario =>
+  drive(name, { forms: startable, skip }, async (stage) => {
+    if (ROOT) belong(stage);
+    prepare(stage);
+    const before = stage.text();
+    const run = stage.spawn([...NOBODY, ...FORMS[stage.form] ?? [], "--once"]);
+    assertEquals(await run.ended, 2, run.stderr);
+    assert(run.says(says), run.stderr);
+    assertEquals([stage.mock.requests.length, stage.text()], [0, before]);
+  });
+const startable = Object.keys(FORMS).filter((form) => {
+  const [program = "", ...args] = [...NOBODY, ...FORMS[form] ?? [], "--version"];
+  try {
+    return new Deno.Command(program, { args, cwd: "/", env: { DENO_DIR: denoDir } }).outputSync().success;
+  } catch {
+    return false;
+  }
+});
+if (startable.length < 3) console.log(`what nobody may do is only tried with: ${startable.join() || "none"}`);
+const belong = ({ home, auth }: Stage) => [home, auth].forEach((path) => fs.chownSync(path, 65534, 65534));
+
+/** Somebody else writes auth.json while the request is out. */
+const meanwhile = (name: string, ending: string, change: Check, after: Check, answers: Behaviour[] = []): Scenario =>
+  drive(name, { answers }, async (stage) => {
+    stage.mock.onRequest = () => change(stage, run);
+    const run = stage.start("--once");
+    await stage.expect(run, ending);
+    assertEquals(stage.mock.requests.length, 1);
+    after(stage, run);
+  });
+const another = (stage: Stage) => authJson({ ...stage.login, refresh_token: "rt_of-another-login" }, new Date(0));
+const logsIn: Check = (stage) => fs.writeFileSync(stage.auth, another(stage));
+const isAnother: Check = (stage) => assertEquals(stage.text(), another(stage));
+const torn = (name: string, length: number): Scenario =>
+  drive(name, FRESH, async (stage) => {
+    const text = stage.text() ?? "";
+    fs.writeFileSync(stage.auth, text.slice(0, length));
+    setTimeout(() => fs.writeFileSync(stage.auth, text), 150);
+    const run = await stage.once("1 skip");
+    assert(run.says(/^no-op: fresh /), run.stderr);
+  });
+const whole = (tokens: Fields) =>
+  JSON.stringify({ auth_mode: "chatgpt", tokens, last_refresh: "2026-01-31T12:00:00Z" });
+const link = ({ auth, dir }: Stage) => fs.linkSync(auth, join(dir, "second"));
+const inPlace = { CODEX_AUTH_IN_PLACE: "1" };
+const holds = (stage: Stage, tokens: Fields) => {
+  assertEquals(stage.tokens().refresh_token, tokens.refresh_token);
+  assertEquals(stage.temporaries(), []);
+};
+
+const APPLY: Scenario[] = [
+  drive("every field that is not ours is kept, numbers to the letter, in a file that takes the old one's place", {
+    edit: (it) => Object.assign(it.tokens, { more: [{ deep: null }], last: "ü\u2028" }),
+  }, async (stage) => {
+    const numbers = '"big": 12345678901234567890123, "__proto__": {"exact": [1.0e2, -0.0]},';
+    const text = (stage.text() ?? "").replace('"tokens"', `${numbers} "tokens"`);
+    fs.writeFileSync(stage.auth, text);
+    const { ino } = fs.statSync(stage.auth);
+    await stage.once("0 refreshed");
+    const [before, after] = [JSON.parse(text), JSON.parse(stage.text() ?? "")] as {
+      tokens: Fields;
+      last_refresh: string;
+    }[];
+    assert(before && after && stage.isNewest());
+    const { id_token, access_token, refresh_token } = after.tokens;
+    const tokens = { ...before.tokens, id_token, access_token, refresh_token };
+    assertEquals(after, { ...before, tokens, last_refresh: after.last_refresh });
+    const kept = /"big": ?12345678901234567890123,\s*"__proto__": ?\{\s*"exact": ?\[\s*1\.0e2,\s*-0\.0\s*\]/;
+    assertMatch(stage.text() ?? "", kept);
+    assertMatch(after.last_refresh, /Z$/);
+    assert(Math.abs(Date.parse(after.last_refresh) - Date.now()) < 60_000, after.last_refresh);
+    assert(fs.statSync(stage.auth).ino !== ino, "rewritten in place");
+  }),
+  drive("an auth.json that is a symbolic link stays one", {}, async (stage) => {
+    const real = join(stage.dir, "elsewhere.json");
+    fs.renameSync(stage.auth, real);
+    fs.symlinkSync(real, stage.auth);
+    await stage.once("0 refreshed");
+    assert(fs.lstatSync(stage.auth).isSymbolicLink() && stage.isNewest(real));
+  }),
+  torn("a file that is empty while it is rewritten is read again", 0),
+  torn("a file that is cut off while it is rewritten is read again", 99),
+  ends("a file with a second hard link is refused before the token is spent", "2 fail:preflight", {
+    prepare: link,
+    requests: 0,
+    says: [/hard link/],
+  }),
+  ends("a file with a second hard link is rewritten in place where allowed", "0 refreshed", {
+    prepare: link,
+    env: inPlace,
+  }, (stage) => assert(fs.statSync(stage.auth).nlink === 2 && stage.isNewest(join(stage.dir, "second")))),
+  drive("a file that can be replaced is not rewritten in place though allowed", { env: inPlace }, async (stage) => {
+    const { ino } = fs.statSync(stage.auth);
+    await stage.once("0 refreshed");
+    assert(fs.statSync(stage.auth).ino !== ino && stage.isNewest());
+  }),
+  unprivileged(
+    "a folder without write permission is refused before the token is spent",
+    /no permission/,
+    false,
+    ({ home }) => {
+      fs.chmodSync(home, 0o555);
+    },
+  ),
+  unprivileged("somebody else's file is refused before the token is spent", /belongs to user 0/, !ROOT, ({ auth }) => {
+    fs.chownSync(auth, 0, 0);
+    fs.chmodSync(auth, 0o666);
+  }),
+  ends("what root writes is the login's owner's", "0 refreshed", { prepare: belong, skip: !ROOT }, ({ home }) => {
+    for (const name of fs.readdirSync(home)) assertEquals(fs.statSync(join(home, name)).uid, 65534, name);
+  }),
+  meanwhile("a login made while the request is out is left alone", "1 superseded", logsIn, isAnother),
+  meanwhile("a login made while the request is out outlives a refusal", "1 superseded", logsIn, isAnother, [
+    status(401, "refresh_token_reused"),
+  ]),
+  meanwhile("a logout while the request is out stays one", "1 superseded", ({ auth }) => fs.rmSync(auth), (stage) => {
+    assertEquals([stage.text(), stage.temporaries()], [null, []]);
+  }),
+  meanwhile("a field that is written while the request is out is kept", "0 refreshed", (it) => {
+    fs.writeFileSync(it.auth, (it.text() ?? "").replace('"tokens"', '"later": 1.00, "tokens"'));
+  }, (stage) => assert(stage.isNewest() && stage.text()?.includes("1.00"))),
+  meanwhile(
+    "a file that its writer left empty gets the answer",
+    "0 refreshed",
+    ({ auth }) => fs.truncateSync(auth),
+    newest,
+  ),
+  drive("an answer that a killed run left is stored without a request", FRESH, async (stage) => {
+    const tokens = stage.leave(whole);
+    await stage.once("0 refreshed");
+    holds(stage, tokens);
+    assertEquals([stage.status().detail, stage.mock.requests.length], ["rolled_forward", 0]);
+    assertEquals((JSON.parse(stage.text() ?? "") as Fields).last_refresh, "2026-01-31T12:00:00Z");
+  }),
+  drive("an answer that a killed run left replaces an empty auth.json", { file: "" }, async (stage) => {
+    const tokens = stage.leave(whole);
+    await stage.once("0 refreshed");
+    holds(stage, tokens);
+  }),
+  drive("an answer that a killed run left goes where there is another login by now, or none", FRESH, async (stage) => {
+    stage.leave(whole, "rt_of-another-login");
+    await stage.once("1 skip");
+    holds(stage, { ...stage.login });
+    fs.rmSync(stage.auth);
+    stage.leave(whole);
+    await stage.once("1 skip:no_auth_json");
+    assertEquals(stage.temporaries(), []);
+  }),
+  ends("a temporary file that holds no answer is removed", "0 refreshed", {
+    prepare: (stage) => void stage.leave(() => "\n".repeat(4096)),
+  }, newest),
+  drive("five that start together on one stale login send one request", {}, async (stage) => {
+    const forms = [...Object.values(FORMS), ...[1, 2].map(() => FORMS[stage.form] ?? [])];
+    const runs = forms.map((form) => stage.spawn([...form, "--once"]));
+    assertEquals((await Promise.all(runs.map(({ ended }) => ended))).map(Number).sort(), [0, 1, 1, 1, 1]);
+    assert(stage.mock.requests.length === 1 && stage.isNewest());
+  }),
+];
+
+const STATUS: Scenario[] = [
+  drive("the status file says what auth.json says, after failures too", {
+    answers: [status(503), { kind: "html" }],
+  }, async (stage) => {
+    const { last_refresh } = JSON.parse(stage.text() ?? "") as Fields;
+    const says = (...names: string[]) => names.map((name) => stage.status()[name]);
+    await stage.once("2 fail:transient_503");
+    assertEquals(says("last_refresh", "consecutive_failures", "last_success_iso"), [last_refresh, 1, null]);
+    const age = Number(stage.status().last_refresh_age_seconds);
+    assert(age >= 9 * DAY && age < 9 * DAY + 60, `${age}`);
+    const { exp } = car.claimsOf(stage.login.access_token) ?? {};
+    assertEquals(stage.status().access_token_expires_iso, new Date(Number(exp) * 1000).toISOString());
+    await stage.once("2 fail:apply_response");
+    assertEquals(says("last_refresh", "consecutive_failures"), [last_refresh, 2]);
+    await stage.once("0 refreshed");
+    assertEquals(says("consecutive_failures", "last_refresh_age_seconds"), [0, 0]);
+    const [success] = says("last_success_iso");
+    await stage.once("1 skip");
+    assert(says("last_success_iso")[0] === success && Date.parse(String(success)) > Date.now() - 60_000);
+  }),
+  drive("one run leaves the loop's next_run_iso alone", FRESH, async (stage) => {
+    const next_run_iso = "2030-01-01T00:00:00.000Z";
+    fs.writeFileSync(join(stage.home, "auth_refresh_status.json"), JSON.stringify({ next_run_iso }));
+    await stage.once("1 skip");
+    assertEquals(stage.status().next_run_iso, next_run_iso);
+  }),
+  drive("a home that does not exist is not created", {}, async (stage) => {
+    const run = stage.start("--once", join(stage.dir, "absent", "home"));
+    assertEquals([await run.ended, fs.existsSync(join(stage.dir, "absent"))], [1, false], run.stderr);
+  }),
+];
+
+const PIPES = {
+  "closed": 'exec "$@" 2>&-',
+  "without a reader": 'mkfifo "$0"; exec 9<>"$0" 8>"$0" 9<&-; exec "$@" 2>&8',
+  "full": 'mkfifo "$0"; exec 9<>"$0"; dd if=/dev/zero of="$0" oflag=nonblock bs=4096 2>/dev/null; exec "$@" 2>"$0"',
+};
+const ATTEMPT: Scenario[] = [
+  drive("a dead token is not sent again, unless forced, until somebody has logged in", {
+    answers: [status(401, "refresh_token_expired"), status(401, "refresh_token_expired")],
+  }, async (stage) => {
+    for (const [requests, ...flags] of [[1], [1], [2, "--force"], [2]] as [number, ...string[]][]) {
+      await stage.once("3 fail:permanent_401", ...flags);
+      assertEquals([stage.mock.requests.length, stage.status().detail], [requests, "refresh_token_expired"]);
+    }
+    fs.writeFileSync(stage.auth, authJson(stage.mock.login(), new Date(0)));
+    await stage.once("0 refreshed");
+  }),
+  drive("a 401 without a code does not make the token a dead one", { answers: [status(401)] }, async (stage) => {
+    await stage.once("3 fail:permanent_401");
+    await stage.once("0 refreshed");
+  }),
+  drive("of several homes the worst outcome counts, and log lines name them", {}, async (stage) => {
+    const [fresh, linked, dead] = [stage.plant("fresh", 10 * DAY, 60).home, stage.plant("linked"), stage.plant("dead")];
+    fs.linkSync(linked.auth, join(stage.dir, "second"));
+    const body = JSON.stringify({ grant_type: "refresh_token", refresh_token: dead.login.refresh_token });
+    await (await fetch(stage.mock.url, { method: "POST", body })).body?.cancel();
+    const rows: [number, ...string[]][] = [[1, fresh, stage.plant("a", 9 * DAY, 60).home], [0, fresh, stage.home]];
+    rows.push([2, fresh, stage.plant("b").home, linked.home], [3, linked.home, dead.home, stage.plant("c").home]);
+    for (const [exit, ...homes] of rows) {
+      const run = stage.start("--once", ...homes);
+      assertEquals(await run.ended, exit, run.stderr);
+      for (const home of homes) assert(run.messages.some((line) => line.startsWith(`[${home}] `)), run.stderr);
+    }
+  }),
+  drive("a home that is named twice, once through a symbolic link, is refreshed once", {}, async (stage) => {
+    fs.symlinkSync(stage.home, join(stage.dir, "link"));
+    await stage.once("0 refreshed", stage.home, join(stage.dir, "link"), "link/../home/");
+    assertEquals(stage.mock.requests.length, 1);
+  }),
+  ...Object.entries(PIPES).map(([what, script]) =>
+    drive(`a log pipe that is ${what} does not stop an attempt`, {}, async (stage) => {
+      const command = ["sh", "-c", script, join(stage.dir, "pipe"), ...FORMS[stage.form] ?? [], "--once"];
+      assertEquals([await stage.spawn(command).ended, stage.isNewest()], [0, true]);
+    })
+  ),
+];
+
+/** A loop, which must end well on SIGTERM when the scenario is through. */
+const loops = (
+  name: string,
+  options: Options,
+  run: (stage: Stage, run: Run) => Promise<void>,
+  ...homes: string[]
+): Scenario =>
+  drive(name, options, async (stage) => {
+    const loop = stage.start(...homes);
+    await run(stage, loop);
+    loop.kill("SIGTERM");
+    assertEquals(await loop.ended, 0, loop.stderr);
+  });
+const env = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", CODEX_AUTH_SAFETY_MARGIN_SECONDS: "0" };
+const RARELY = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "2592000", CODEX_AUTH_STALE_AFTER_SECONDS: "31536000" };
+const IN_A_MONTH = /^next check in 3[0-3] d/;
+
+const LOOP: Scenario[] = [
+  loops("the loop refreshes again and again", { env, mock: { accessTokenSeconds: 2 } }, async (stage, run) => {
+    await run.said(/^refresh: ok /, 3);
+    assert(Date.parse(String(stage.status().next_run_iso)) > Date.now() - 60_000);
+    assert(stage.mock.requests.every(({ outcome }) => outcome === "redeemed"));
+  }),
+  drive(
+    "a home whose answer hangs holds up no other",
+    { answers: [{ kind: "delay", milliseconds: 3000 }] },
+    async (stage) => {
+      const run = stage.start(stage.home, stage.plant("other").home);
+      await run.said(/ refresh: ok /);
+      assertEquals(stage.mock.requests.map(({ status }) => status), [null, 200]);
+      run.kill("SIGTERM");
+      assertEquals(await run.ended, 0, run.stderr);
+      assert(run.messages.filter((line) => line.includes(" refresh: ok")).length === 2 && stage.isNewest());
+    },
+  ),
+  loops("the loop tries again after a transient failure", { env, answers: [status(503)] }, async (stage, run) => {
+    await run.said(/^refresh: ok /);
+    assertEquals(stage.mock.requests.length, 2);
+  }),
+  loops("the loop repeats that a login is dead without sending it, and goes on after a new login", {
+    env,
+    answers: [status(400, "invalid_grant")],
+  }, async (stage, run) => {
+    await run.said(/PERMANENT FAILURE/, 2);
+    assertEquals(stage.mock.requests.length, 1);
+    fs.writeFileSync(stage.auth, authJson(stage.mock.login(), new Date(0)));
+    await run.said(/^refresh: ok /);
+  }),
+  loops("the loop sends a token again after a 401 without a code", { env, answers: [status(401)] }, async (_, run) => {
+    await run.said(/^refresh: ok /);
+  }),
+  loops("the loop waits for a home that does not exist yet", { env }, async (stage, run) => {
+    await run.said(/^skip: .* absent or empty/);
+    assertEquals(fs.existsSync(join(stage.dir, "later")), false);
+    stage.plant("later");
+    await run.said(/^refresh: ok /);
+  }, "later"),
+  loops("SIGHUP makes the loop look now, though it looks once a month", {
+    env: RARELY,
+    expires: 300 * DAY,
+    age: 60,
+  }, async (stage, run) => {
+    await run.said(IN_A_MONTH);
+    const days = (Date.parse(String(stage.status().next_run_iso)) - Date.now()) / 1000 / DAY;
+    assert(days > 29.9 && days < 33.1, `${days}`);
+    run.kill("SIGHUP");
+    await run.said(IN_A_MONTH, 2);
+    assertEquals(run.messages.filter((line) => line.startsWith("no-op: fresh")).length, 2);
+  }),
+  ...[["--once"], []].map((flags) =>
+    drive(`SIGTERM while a request is out ends ${flags[0] ?? "the loop"} when the answer is stored, a second one too`, {
+      answers: [{ kind: "delay", milliseconds: 2000 }],
+    }, async (stage) => {
+      const run = stage.start(...flags);
+      await until("a request", () => stage.mock.requests.length === 1);
+      run.kill("SIGTERM");
+      await run.said(/SIGTERM/);
+      run.kill("SIGTERM");
+      run.kill("SIGINT");
+      await stage.expect(run, "0 refreshed");
+      assert(stage.isNewest() && stage.mock.requests.length === 1);
+    })
+  ),
+  drive("after a SIGTERM a lost answer is not asked for again", { answers: [lost("before")] }, async (stage) => {
+    const run = stage.start("--once");
+    await run.said(/again in 1 s/);
+    run.kill("SIGTERM");
+    assertEquals([await run.ended, stage.mock.requests.length], [2, 1]);
+  }),
+];
+
+const printed = (name: string, args: string[], check: (text: string, stage: Stage) => void): Scenario =>
+  drive(name, {}, async (stage) => {
+    const before = fs.readdirSync(stage.home);
+    const run = stage.start(...args);
+    assertEquals([await run.ended, run.stderr], [0, ""]);
+    assertEquals([fs.readdirSync(stage.home), stage.mock.requests.length], [before, 0]);
+    check(run.stdout, stage);
+  });
+const FLAGS = ["--once", "--force", "--status", "--json", "--help", "-h", "--version", "-V"];
+const VARIABLES = [...BAD_VALUES.map(([name]) => name), "CODEX_HOME", "HTTP_PROXY", "NO_PROXY"];
+const MISTAKES = [["--onse"], ["--once", "-x"], ["--once=false"], ["--force"], ["--json"], ["--once", "--status"], [
+  "",
+]];
+const TRAPS = {
+  ".env": "CODEX_AUTH_LOG_FORMAT=evil\n",
+  "bunfig.toml": 'preload = ["./evil.ts"]\n',
+  "evil.ts": 'require("node:fs").writeFileSync("evil", ""); process.exit(7);\n',
+  ...Object.fromEntries(["package.json", "tsconfig.json", "deno.json"].map((name) => [name, "{ broken"])),
+};
+
+const MAIN: Scenario[] = [
+  printed("the help names every flag and every variable", ["--help"], (text) => {
+    for (const word of [...FLAGS, ...VARIABLES]) assert(text.includes(word), `no ${word}`);
+  }),
+  printed("the version names the engine", ["--version"], (text) => {
+    assertMatch(text, /^codex_auth_refresh \d+\.\d+\.\d+ \((bun|deno) [\d.]+\)\n$/);
+  }),
+  printed(
+    "the status asks nobody and changes nothing",
+    ["--status"],
+    (text, { home }) => assert(text.includes(home), text),
+  ),
+  printed("the status comes as JSON for machines", ["--status", "--json"], (text, stage) => {
+    const status = JSON.parse(text) as Fields;
+    assertEquals(status.last_refresh, (JSON.parse(stage.text() ?? "") as Fields).last_refresh);
+    assert(Number(status.last_refresh_age_seconds) >= 9 * DAY);
+  }),
+  ...MISTAKES.map((args) => ({ name: `it is a mistake to say "${args.join(" ")}"`, args, exit: 64 })),
+  drive("it is a mistake to name a file in place of a home", {}, async (stage) => {
+    const run = stage.start("--once", stage.auth);
+    assertEquals([await run.ended, run.lines.length], [64, 1], run.stderr);
+    assert(run.stderr.includes(stage.auth), run.stderr);
+  }),
+  drive("a bad value of any variable is one line that names it, and touches nothing", {}, async (stage) => {
+    const before = [stage.text(), ...fs.readdirSync(stage.home)];
+    for (const [name, [value = ""], allowed] of BAD_VALUES) {
+      const run = stage.spawn([...FORMS[stage.form] ?? [], "--once"], {
+        [URL_NAME]: "https://127.0.0.1:1/",
+        [name]: value,
+      });
+      assertEquals([await run.ended, run.lines.length], [64, 1], run.stderr);
+      for (const part of [name, value, allowed]) assert(run.stderr.includes(part), run.stderr);
+    }
+    assertEquals([stage.text(), ...fs.readdirSync(stage.home)], before);
+  }),
+  ends(
+    "log lines come as JSON for machines",
+    "0 refreshed",
+    { env: { CODEX_AUTH_LOG_FORMAT: "json" } },
+    (_, { lines }) => {
+      const objects = lines.map((line) => JSON.parse(line) as Fields);
+      assertEquals(objects.map(({ level }) => level), ["info", "info"]);
+      for (const { time, message } of objects) assert(Date.parse(String(time)) > 0 && message !== "");
+    },
+  ),
+  drive(
+    "the executable reads nothing from the folder that it is started in",
+    { forms: ["executable"] },
+    async (stage) => {
+      for (const [name, text] of Object.entries(TRAPS)) fs.writeFileSync(join(stage.dir, name), text);
+      await stage.once("0 refreshed");
+      assertEquals(fs.existsSync(join(stage.dir, "evil")), false);
+    },
+  ),
+];
+
+const SCENARIOS: Scenario[] = [DECIDE, POST, APPLY, STATUS, ATTEMPT, LOOP, MAIN].flat();
+
+const ONLY = Deno.env.get("CAR_ONLY") ?? "";
+// Scenarios run side by side, so nothing can tell whose a resource is.
+const UNWATCHED = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
+Deno.test({
+  name: "the program, as source, bundle and executable",
+  ...UNWATCHED,
+  async fn(test) {
+    const wanted = SCENARIOS.filter(({ name }) => name.includes(ONLY));
+    const left = wanted.flatMap((scenario) =>
+      (scenario.forms ?? Object.keys(FORMS)).map((form) => ({ scenario, form }))
+    );
+    assertEquals(new Set(wanted.map(({ name }) => name)).size, wanted.length, "two scenarios of one name");
+    const work = async () => {
+      for (let next = left.shift(); next !== undefined; next = left.shift()) {
+        const { scenario, form } = next;
+        const dir = join(scratch, `${SCENARIOS.indexOf(scenario)}_${form}`);
+        const fn = () => perform(scenario, form, dir);
+        const name = `${scenario.name} (${form})`;
+        await test.step({ name, ignore: scenario.skip ?? false, fn, ...UNWATCHED });
+      }
+    };
+    await Promise.all(Array.from({ length: 4 }, work));
+  },
+});
