@@ -35,6 +35,8 @@ const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
 const fsync = promisify(fs.fsync);
 const SECOND = 1000;
 const MINUTE = 60 * SECOND;
+/** Milliseconds for measuring how long something takes, whatever happens to the clock on the wall. */
+const uptime = () => performance.now();
 
 // ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
 // Everything comes from the environment and is checked before anything is touched. A variable that is set to the empty
@@ -97,9 +99,7 @@ export function readSettings(env: Environment): Settings {
   }
   const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
   const caPath = env[caName];
-  if (caPath && !fs.statSync(caPath, { throwIfNoEntry: false })?.isFile()) {
-    throw bad(caName, caPath, "a PEM file with root certificates");
-  }
+  if (caPath && !statOf(caPath)?.isFile()) throw bad(caName, caPath, "a PEM file with root certificates");
   return {
     intervalSeconds: seconds("CODEX_AUTH_REFRESH_INTERVAL_SECONDS", 21600, 1),
     marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
@@ -129,13 +129,23 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
   for (const name of names.length > 0 ? names : [preset]) {
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
     const dir = resolve(name);
-    if (fs.statSync(dir, { throwIfNoEntry: false })?.isDirectory() === false) {
+    if (statOf(dir)?.isDirectory() === false) {
       throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
     }
     const real = realPath(dir);
     if (!homes.has(real)) homes.set(real, { dir, real, status: join(dir, STATUS_FILE) });
   }
   return [...homes.values()];
+}
+
+/** What there is at a path that the caller named, null where nothing is. Not to be told is the caller's mistake. */
+function statOf(path: string): fs.Stats | null {
+  try {
+    return fs.statSync(path);
+  } catch (error) {
+    if (errorName(error) === "ENOENT") return null;
+    throw new UsageError(`${path}: ${errorName(error)}`);
+  }
 }
 
 /** The path with symlinks resolved, as far as it exists. */
@@ -157,13 +167,19 @@ export class Secret {
 
   constructor(value: string) {
     this.#value = value;
-    if (value === "" || Secret.#recent.includes(value)) return;
+    // Anything as short as a word would garble every line.
+    if (value.length <= 8 || Secret.#recent.includes(value)) return;
     Secret.#recent.push(value);
     if (Secret.#recent.length > 128) Secret.#recent.shift();
   }
   /** Replaces every token that is known by now. */
   static redact(text: string): string {
     return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
+  }
+  /** Whether a text holds nine characters in a row of a token. */
+  static leaks(text: string): boolean {
+    const pieces = Array.from({ length: Math.max(0, text.length - 8) }, (_, start) => text.slice(start, start + 9));
+    return pieces.some((piece) => Secret.#recent.some((value) => value.includes(piece)));
   }
   /** The value itself, for the request's body and for auth.json. */
   open = (): string => this.#value;
@@ -181,8 +197,7 @@ export class Secret {
 
 /** A word that somebody else wrote, if it is harmless enough to repeat. */
 function tame(word: unknown): string | null {
-  const harmless = typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && Secret.redact(word) === word;
-  return harmless ? word : null;
+  return typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && !Secret.leaks(word) ? word : null;
 }
 
 /** No control characters: a file name may hold a line break, a log line may not. */
@@ -283,7 +298,7 @@ function credentialOf(document: JsonObject, nowMs: number): Credential {
   const text = typeof document.last_refresh === "string" ? document.last_refresh : "";
   const refreshed = parseTimestamp(text);
   return {
-    lastRefresh: text.length <= 40 && Secret.redact(text) === text ? text : "",
+    lastRefresh: text.length <= 40 && !Secret.leaks(text) ? text : "",
     lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
     expiresMs: expiryOf(tokens.access_token ?? ""),
     refreshToken: tokens.refresh_token === undefined ? null : new Secret(tokens.refresh_token),
@@ -300,7 +315,7 @@ function tokensOf({ tokens }: JsonObject): Partial<Record<TokenName, string>> {
 }
 
 function isObject(value: unknown): value is JsonObject {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
+  return typeof value === "object" && value !== null && !Array.isArray(value) && !isRawJSON(value);
 }
 
 /** Milliseconds since 1970 of an RFC 3339 timestamp, nine fractional digits at most, no zone meaning UTC; else null. */
@@ -338,7 +353,10 @@ function iso(ms: number | null): string | null {
   return ms !== null && Math.abs(ms) <= 8.64e15 ? new Date(ms).toISOString() : null;
 }
 
-const rawJson = (JSON as unknown as { rawJSON: (text: string) => unknown }).rawJSON;
+const { rawJSON, isRawJSON } = JSON as unknown as {
+  rawJSON: (text: string) => unknown;
+  isRawJSON: (value: unknown) => boolean;
+};
 
 /**
  * JSON with its numbers to the letter: `1.0e2` and twenty digits come out as they went in. Throws a SyntaxError, or a
@@ -346,9 +364,9 @@ const rawJson = (JSON as unknown as { rawJSON: (text: string) => unknown }).rawJ
  */
 export function parseExact(text: string): unknown {
   const keep = (_key: string, value: unknown, context?: { source: string }) =>
-    typeof value === "number" && context !== undefined ? rawJson(context.source) : value;
+    typeof value === "number" && context !== undefined ? rawJSON(context.source) : value;
   const nests = (value: unknown, levels: number): boolean =>
-    typeof value !== "object" || value === null ||
+    typeof value !== "object" || value === null || isRawJSON(value) ||
     levels > 0 && Object.values(value).every((each) => nests(each, levels - 1));
   const value: unknown = JSON.parse(text, keep as (key: string, value: unknown) => unknown);
   if (!nests(value, 127)) throw new RangeError("nested too deeply");
@@ -426,12 +444,12 @@ export async function post(
   log: Log,
 ): Promise<Answer> {
   const { options, close } = await engineOptions(roots);
-  const deadline = Date.now() + ALL_TRIES_MS;
-  const once = () => postOnce(token, url, options, Math.min(TRY_MS, deadline - Date.now()));
+  const deadline = uptime() + ALL_TRIES_MS;
+  const once = () => postOnce(token, url, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
     for (const pause of [1 * SECOND, 4 * SECOND]) {
       const answer = await once();
-      const again = answer.kind === "transient" && answer.lost && Date.now() + pause < deadline;
+      const again = answer.kind === "transient" && answer.lost && uptime() + pause < deadline;
       if (!again || stop.aborted) return answer;
       const why = "the token may be spent, and some servers accept a repeat";
       log("warning", "answer_lost", `refresh: ${answer.detail}; sending it again in ${pause / SECOND} s: ${why}`);
@@ -446,6 +464,13 @@ export async function post(
 
 async function postOnce(token: Secret, url: URL, options: object, milliseconds: number): Promise<Answer> {
   let response: Response | null = null;
+  // Counted in steps: a process that was frozen meanwhile first reads the answer that waits for it.
+  const timeout = new AbortController();
+  let left = milliseconds;
+  const timer = setInterval(() => {
+    left -= 500;
+    if (left <= 0) timeout.abort(new DOMException("no answer in time", "TimeoutError"));
+  }, 500);
   try {
     response = await fetch(url, {
       method: "POST",
@@ -456,7 +481,7 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
       },
       body: JSON.stringify({ client_id: CLIENT_ID, grant_type: "refresh_token", refresh_token: token.open() }),
       redirect: "manual",
-      signal: AbortSignal.timeout(milliseconds),
+      signal: timeout.signal,
       ...options,
     });
     const body = await readBody(response);
@@ -466,6 +491,8 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
     if (response?.ok === false) return judge(response.status, "", response.headers.get("retry-after"), Date.now());
     const { detail, sent } = describeFailure(error);
     return { kind: "transient", status: 0, detail, retryAfterMs: null, lost: sent || response !== null };
+  } finally {
+    clearInterval(timer);
   }
 }
 
@@ -507,19 +534,22 @@ export function judge(status: number, body: string, retryAfter: string | null, n
   }
   // The code stands in error.code, in error itself, or in code.
   const { error } = fields;
-  const code = tame(isObject(error) ? error.code : error) ?? tame(fields.code);
-  const dead = code !== null && DEAD_CODES.includes(code);
-  if (status === 401 || dead && status >= 400 && status <= 499) return { kind: "permanent", status, code };
+  const words = [isObject(error) ? error.code : error, fields.code];
+  const dead = DEAD_CODES.find((each) => words.includes(each));
+  const code = dead ?? words.map(tame).find((word) => word !== null) ?? null;
+  if (status === 401 || dead !== undefined && status >= 400 && status <= 499) {
+    return { kind: "permanent", status, code };
+  }
   const detail = code ?? `the endpoint answered ${status}`;
   return { kind: "transient", status, detail, retryAfterMs: parseRetryAfter(retryAfter, nowMs), lost: false };
 }
 
 /**
- * Whether the Codex CLI can read a token back: a non-empty string that survives UTF-8. An id_token must also decode
+ * Whether the Codex CLI can read a token back: a non-empty string that survived UTF-8, and will. An id_token must also decode
  * (parse_chatgpt_jwt_claims in codex-rs/login/src/token_data.rs: three parts that are not empty, no padding).
  */
 function isUsable(name: TokenName, value: unknown): boolean {
-  if (typeof value !== "string" || value === "" || !value.isWellFormed()) return false;
+  if (typeof value !== "string" || value === "" || !value.isWellFormed() || value.includes("\ufffd")) return false;
   return name !== "id_token" || /^[^.]+\.[^.=]+\.[^.]+/.test(value) && claimsOf(value) !== null;
 }
 
@@ -534,6 +564,7 @@ export function parseRetryAfter(value: string | null, nowMs: number): number | n
 /** Failures of fetch in either engine's words, what they mean, and whether the request may have gone out. */
 const FAILURES: [RegExp, string, boolean][] = [
   [/ECONNREFUSED|Connection refused/i, "connection refused", false],
+  [/FailedToOpenSocket|ports? .*blocked/i, "no connection could be opened", false],
   [/ENOTFOUND|EAI_|dns error|failed to lookup/i, "the host name does not resolve", false],
   [/TUNNEL|proxy/i, "the proxy did not connect", false],
   [/CERT|SIGNATURE|ALTNAME|UnknownIssuer/i, "TLS: certificate refused", false],
@@ -558,11 +589,11 @@ function describeFailure(error: unknown): { detail: string; sent: boolean } {
 const MAX_FILE_BYTES = 16 << 20;
 
 /** Reads and classifies a file, once. */
-export function readAuth(path: string): Read {
+export function readAuth(path: string, flags = 0): Read {
   let fd = -1;
   try {
     // O_NONBLOCK: a FIFO in this place must not hang us.
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | flags);
     return readOpen(fd);
   } catch (error) {
     const code = errorName(error);
@@ -573,26 +604,31 @@ export function readAuth(path: string): Read {
 }
 
 function readOpen(fd: number): Read {
-  const stat = fs.fstatSync(fd);
-  const unfit = (error: string): Read => ({ kind: "unreadable", error, torn: false });
-  if (!stat.isFile()) return unfit(stat.isDirectory() ? "EISDIR" : "EFTYPE");
-  if (stat.size > MAX_FILE_BYTES) return unfit("EFBIG");
-  // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
-  const bytes = new Uint8Array(stat.size + 1);
-  let length = 0;
-  for (let count = -1; count !== 0 && length < bytes.length; length += count) {
-    count = fs.readSync(fd, bytes, length, bytes.length - length, length);
-  }
-  if (length === 0) return { kind: "empty" };
+  const bytes = readBytes(fd);
+  if (bytes.length === 0) return { kind: "empty" };
   try {
     // The Codex CLI takes neither invalid UTF-8 nor a byte order mark.
-    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes.subarray(0, length));
+    const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
     const document = parseExact(text);
     if (isObject(document)) return { kind: "whole", text, document };
     return { kind: "unreadable", error: "TypeError", torn: true };
   } catch (error) {
     return { kind: "unreadable", error: errorName(error), torn: true };
   }
+}
+
+/** All of a regular file, from its start. Throws a {@link DiskError} for anything else. */
+function readBytes(fd: number): Uint8Array {
+  const stat = fs.fstatSync(fd);
+  if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
+  if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
+  // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
+  const bytes = new Uint8Array(stat.size + 1);
+  let length = 0;
+  for (let count = -1; count !== 0 && length < bytes.length; length += count) {
+    count = fs.readSync(fd, bytes, length, bytes.length - length, length);
+  }
+  return bytes.subarray(0, length);
 }
 
 /**
@@ -629,7 +665,7 @@ interface Target {
 }
 
 function locate(home: Home): Target {
-  const path = realPath(join(home.real, "auth.json"));
+  const path = realPath(join(home.dir, "auth.json"));
   if (process.getuid?.() !== 0) return { path, owner: null };
   for (const each of [path, dirname(path)]) {
     try {
@@ -647,6 +683,7 @@ function createPrivate(path: string, owner: Target["owner"]): number {
   const { O_RDWR, O_CREAT, O_EXCL } = fs.constants;
   const fd = fs.openSync(path, O_RDWR | O_CREAT | O_EXCL, 0o600);
   try {
+    fs.fchmodSync(fd, 0o600); // whatever the umask has taken away
     if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
     return fd;
   } catch (error) {
@@ -661,7 +698,12 @@ function createPrivate(path: string, owner: Target["owner"]): number {
 
 type Database = { exec(sql: string): void; close(): void };
 type Engine = new (path: string, options: { timeout: number }) => Database;
-type Lock = { release(): void };
+
+/** A home's turn. It takes one of few places, which it may give back early. */
+interface Lock {
+  giveWay(): void;
+  release(): void;
+}
 
 const LOCK_WAIT_MS = 180 * SECOND;
 
@@ -674,17 +716,22 @@ const leave = () => queue.length > 0 ? queue.shift()?.() : void places++;
 /** Takes a home's turn; null where it was not to be had within 180 s, or before `stop`. Throws what the disk throws. */
 async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Lock | null> {
   const { DatabaseSync } = await import("node:sqlite");
-  const deadline = Date.now() + LOCK_WAIT_MS;
+  const deadline = uptime() + LOCK_WAIT_MS;
   while (!stop.aborted) {
     await enter();
-    let lock: Lock | null = null;
+    let held = true;
+    const giveWay = () => {
+      if (held) leave();
+      held = false;
+    };
+    let database: Database | null = null;
     try {
-      const database = tryLock(DatabaseSync, `${path}.lock`, owner);
-      if (database !== null) return lock = { release: () => (database.close(), leave()) };
+      database = tryLock(DatabaseSync, `${path}.lock`, owner);
     } finally {
-      if (lock === null) leave();
+      if (database === null) giveWay();
     }
-    if (Date.now() >= deadline) return null;
+    if (database !== null) return { giveWay, release: () => (giveWay(), database.close()) };
+    if (uptime() >= deadline) return null;
     await sleep(50 + 200 * Math.random(), stop);
   }
   return null;
@@ -700,7 +747,7 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]): Da
   }
   const before = fs.lstatSync(path);
   if (!before.isFile()) throw new CannotStart(`${path} is not a file`);
-  if (owner !== null && before.uid !== owner.uid) fs.chownSync(path, owner.uid, owner.gid);
+  if (owner !== null && before.uid !== owner.uid) fs.lchownSync(path, owner.uid, owner.gid);
   const database = new DatabaseSync(path, { timeout: 0 });
   try {
     database.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
@@ -728,10 +775,11 @@ interface Temporary {
   content: string | null;
 }
 
-/** The temporary files of ours beside an auth.json, the latest first. */
+/** The temporary files of ours beside an auth.json, the latest first. Throws what the disk throws. */
 export function findTemporaries(path: string): { path: string; fingerprint: string }[] {
   const start = `.${basename(path)}.`;
-  return listDirectory(dirname(path)).filter((name) => name.startsWith(start)).sort().reverse().flatMap((name) => {
+  const names = fs.existsSync(dirname(path)) ? fs.readdirSync(dirname(path)) : [];
+  return names.filter((name) => name.startsWith(start)).sort().reverse().flatMap((name) => {
     const fingerprint = /^([0-9a-f]{16})\.\d\.tmp$/.exec(name.slice(start.length))?.[1];
     return fingerprint === undefined ? [] : [{ path: join(dirname(path), name), fingerprint }];
   });
@@ -751,8 +799,12 @@ function createTemporary({ path, owner }: Target, fingerprint: string): Temporar
 /** Whether all of it is known to be on the disk, under its own name. */
 function isIntact({ path, fd, content }: Temporary): boolean {
   if (fd < 0 || content === null) return false;
-  const [there, ours] = [fs.lstatSync(path, { throwIfNoEntry: false }), fs.fstatSync(fd)];
-  return there?.ino === ours.ino && there.dev === ours.dev;
+  try {
+    const [there, ours] = [fs.lstatSync(path), fs.fstatSync(fd)];
+    return there.ino === ours.ino && there.dev === ours.dev;
+  } catch (error) {
+    return errorName(error) !== "ENOENT"; // not to be seen is not the same as gone
+  }
 }
 
 function discard(temporary: Temporary): void {
@@ -804,10 +856,7 @@ async function prove(target: Target, fingerprint: string, size: number, inPlace:
   const { path } = target;
   let temporary: Temporary | null = null;
   try {
-    // Opening for writing, without truncating, shows what is read-only or immutable.
-    const fd = fs.openSync(path, fs.constants.O_RDWR);
-    const { uid, nlink, dev } = fs.fstatSync(fd);
-    closeQuietly(fd);
+    const { uid, nlink, dev } = fs.statSync(path);
     const user = process.getuid?.() ?? 0;
     const instead = "Mount the directory instead of the file";
     const why = user !== 0 && uid !== user
@@ -820,6 +869,12 @@ async function prove(target: Target, fingerprint: string, size: number, inPlace:
       ? "has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1"
       : `is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`;
     if (why !== null) throw new CannotStart(`${path} ${why}`);
+    // Opening for writing, without truncating, shows what is read-only or immutable.
+    fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
+    // In an append-only directory files can be made, but neither removed nor renamed.
+    const probe = createTemporary(target, fingerprint);
+    closeTemporary(probe);
+    fs.unlinkSync(probe.path);
     temporary = createTemporary(target, fingerprint);
     writeAll(temporary.fd, "\n".repeat(size + ROOM_BYTES));
     await fsync(temporary.fd);
@@ -858,8 +913,10 @@ interface Job {
   readonly fingerprint: string;
   readonly grant: Grant;
   readonly inPlace: boolean;
-  /** The moment, in milliseconds, to give up at; asked anew after each failure. */
+  /** The moment to give up at, in milliseconds of uptime; asked anew after each failure. */
   readonly giveUpAt: () => number;
+  /** Called when the storing fails: a disk that is broken for long must not keep other homes waiting. */
+  readonly giveWay: () => void;
 }
 
 type Stored =
@@ -896,21 +953,33 @@ async function store(job: Job, document: JsonObject, room: Temporary | null): Pr
         closeTemporary(temporary);
         temporary = null;
       }
-      if (Date.now() >= job.giveUpAt()) {
+      job.giveWay();
+      if (uptime() >= job.giveUpAt()) {
         if (temporary !== null) closeTemporary(temporary);
-        const kept = findTemporaries(job.target.path).find(({ path }) => tokenIn(readAuth(path)) !== null);
-        return { kind: "failed", error: describeDisk(error), keptIn: kept?.path ?? null };
+        return { kind: "failed", error: describeDisk(error), keptIn: whereKept(job) };
       }
       await sleep(pause);
     }
   }
 }
 
+/** The file that holds the answer of a job that failed: auth.json itself, or a temporary file. */
+function whereKept({ target, grant, fingerprint }: Job): string | null {
+  const granted = grant.tokens.refresh_token?.fingerprint() ?? fingerprint;
+  try {
+    const paths = [target.path, ...findTemporaries(target.path).map(({ path }) => path)];
+    return paths.find((path) => tokenIn(readAuth(path)) === granted) ?? null;
+  } catch {
+    return null;
+  }
+}
+
 /**
  * Puts content into a temporary file, and onto the disk. What was written without an error but could not be fsynced is
  * left there until a later one is safe, and never fsynced again: a second fsync may claim what the first could not do.
+ * `beside` is a file that stays in any case.
  */
-async function stage(job: Job, given: Temporary | null, content: string): Promise<Temporary> {
+async function stage(job: Job, given: Temporary | null, content: string, beside?: string): Promise<Temporary> {
   if (given !== null && given.content !== null) return given;
   const temporary = given ?? createTemporary(job.target, job.fingerprint);
   let written = false;
@@ -924,15 +993,19 @@ async function stage(job: Job, given: Temporary | null, content: string): Promis
     return temporary;
   } catch (error) {
     closeTemporary(temporary);
-    if (written) removeTemporaries(job, temporary.path);
+    if (written) removeTemporaries(job, temporary.path, beside);
     else removeQuietly(temporary.path);
     throw error;
   }
 }
 
-function removeTemporaries({ target, fingerprint }: Job, but?: string): void {
-  for (const left of findTemporaries(target.path)) {
-    if (left.fingerprint === fingerprint && left.path !== but) removeQuietly(left.path);
+function removeTemporaries({ target, fingerprint }: Job, ...but: (string | undefined)[]): void {
+  try {
+    for (const left of findTemporaries(target.path)) {
+      if (left.fingerprint === fingerprint && !but.includes(left.path)) removeQuietly(left.path);
+    }
+  } catch {
+    // For the next attempt to find.
   }
 }
 
@@ -954,7 +1027,7 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
     }
     if (seen.kind === "whole" && render(seen.document, grant) !== temporary.content) {
       // Other fields changed. A second file renamed over the first: one whole document is there at every moment.
-      const second = await stage(job, null, render(seen.document, grant));
+      const second = await stage(job, null, render(seen.document, grant), temporary.path);
       fs.renameSync(second.path, temporary.path);
       closeTemporary(temporary);
       [temporary.fd, temporary.content] = [second.fd, second.content];
@@ -991,7 +1064,7 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
  * the temporary file beside it is the journal from which the next start finishes it.
  */
 async function rewriteInPlace(path: string, content: string): Promise<void> {
-  const fd = fs.openSync(path, fs.constants.O_WRONLY);
+  const fd = fs.openSync(path, fs.constants.O_WRONLY | fs.constants.O_NOFOLLOW);
   try {
     fs.ftruncateSync(fd, 0);
     writeAll(fd, content);
@@ -1016,13 +1089,19 @@ async function lookBack(job: Job, old: number, seen: Read, ours: string): Promis
   const other = tokenIn(late) !== job.fingerprint;
   const wanted = other ? late.text : render(late.document, job.grant);
   const { path } = job.target;
+  // Grown from what auth.json holds now, so that the next start finishes this too.
+  const again = { ...job, fingerprint: job.grant.tokens.refresh_token?.fingerprint() ?? job.fingerprint };
   await insist(job, async () => {
-    const temporary = await stage(job, null, wanted);
-    const now = readAuth(path);
-    if (now.kind === "whole" && now.text === ours) fs.renameSync(temporary.path, path);
-    closeTemporary(temporary);
+    const temporary = await stage(again, null, wanted);
+    try {
+      const now = readAuth(path);
+      if (now.kind === "whole" && now.text === ours) fs.renameSync(temporary.path, path);
+    } finally {
+      discard(temporary);
+    }
     await syncDirectory(path);
   });
+  removeTemporaries(again);
   return other ? SUPERSEDED : STORED;
 }
 
@@ -1032,10 +1111,19 @@ async function insist(job: Job, step: () => Promise<void>): Promise<void> {
     try {
       return await step();
     } catch (error) {
-      if (Date.now() >= job.giveUpAt()) throw error;
+      if (uptime() >= job.giveUpAt()) throw error;
       await sleep(1 * SECOND);
     }
   }
+}
+
+/** A temporary file of ours, and not what somebody else has put in its place to have it copied into auth.json. */
+function readJournal(path: string, { owner }: Target): Read {
+  const stat = fs.lstatSync(path);
+  const uid = owner?.uid ?? process.getuid?.() ?? stat.uid;
+  return stat.isFile() && stat.nlink === 1 && stat.uid === uid
+    ? readAuth(path, fs.constants.O_NOFOLLOW)
+    : { kind: "absent" };
 }
 
 /**
@@ -1043,9 +1131,10 @@ async function insist(job: Job, step: () => Promise<void>): Promise<void> {
  * the token that it grew from, or is empty or torn, the answer goes in; where auth.json has moved on, is gone, or the
  * file does not parse, the file is removed. null where there was nothing to finish.
  */
-async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt">): Promise<Stored | null> {
+async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt" | "giveWay">) {
   for (const { path, fingerprint } of findTemporaries(target.path)) {
-    const journal = readAuth(path);
+    const journal = readJournal(path, target);
+    if (journal.kind === "unreadable" && !journal.torn) throw new DiskError(journal.error);
     const seen = await readSettled(target.path);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
     if (journal.kind === "whole" && (isTorn(seen) || tokenIn(seen) === fingerprint)) {
@@ -1066,18 +1155,14 @@ class DiskError extends Error {
 }
 
 function readText(path: string): string | null {
+  let fd = -1;
   try {
-    return fs.readFileSync(path, "utf8");
+    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    return new TextDecoder().decode(readBytes(fd));
   } catch {
     return null;
-  }
-}
-
-function listDirectory(path: string): string[] {
-  try {
-    return fs.readdirSync(path);
-  } catch {
-    return [];
+  } finally {
+    closeQuietly(fd);
   }
 }
 
@@ -1101,7 +1186,7 @@ function closeQuietly(fd: number): void {
 /** A system error's code, else the error's class: what a log line may say of it. */
 function errorName(error: unknown): string {
   const { code, name } = error as { code?: unknown; name?: unknown };
-  return tame(code) ?? tame(name) ?? "Error";
+  return [code, name].find((word): word is string => typeof word === "string" && /^\w+$/.test(word)) ?? "Error";
 }
 
 function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
@@ -1188,7 +1273,7 @@ function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
   try {
     const stat = fs.statSync(home.dir, { throwIfNoEntry: false });
     if (stat === undefined) return;
-    for (const name of listDirectory(home.dir).filter((name) => name.startsWith(start))) {
+    for (const name of fs.readdirSync(home.dir).filter((name) => name.startsWith(start))) {
       const left = fs.lstatSync(join(home.dir, name), { throwIfNoEntry: false });
       if (left !== undefined && Date.now() - left.mtimeMs > MINUTE) removeQuietly(join(home.dir, name));
     }
@@ -1210,92 +1295,106 @@ function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
 export interface View extends Status {
   readonly home: string;
   /** inert: nothing here that could be refreshed, and nothing wrong with that. */
-  readonly state: "healthy" | "inert" | "unhealthy";
+  readonly state: "unhealthy" | "healthy" | "inert";
   readonly reason: string;
-  readonly warnings: readonly string[];
   /** What to do about it; null where there is nothing to do. */
   readonly advice: string | null;
+  readonly warnings: readonly string[];
   readonly plan: string | null;
   readonly account_id: string | null;
-  readonly email: string | null;
   readonly access_token_remaining_seconds: number | null;
   readonly access_token_lifetime_seconds: number | null;
-}
-
-/** A view from what was read: auth.json, the status file, and where config.toml says that logins are kept. Pure. */
-export function view(home: string, read: Read, status: Status, store: string, nowMs: number, settings: Settings): View {
-  const { verdict, credential } = decide(read, nowMs, settings);
-  const { expiresMs, lastRefreshMs, refreshToken } = credential;
-  const document = read.kind === "whole" ? read.document : {};
-  const tokens = tokensOf(document);
-  const identity = claimsOf(tokens.id_token ?? "") ?? {};
-  const account = isObject(identity[AUTH_CLAIM]) ? identity[AUTH_CLAIM] : {};
-  const issued = claimsOf(tokens.access_token ?? "")?.iat;
-  const from = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
-  const ago = (ms: number) => `${humanize(nowMs - ms)} ago`;
-
-  const { watchdog_last_outcome: outcome, rejected_refresh_token_sha256: rejected } = status;
-  const [lastRun, nextRun] = [parseTimestamp(status.watchdog_last_run_iso), parseTimestamp(status.next_run_iso ?? "")];
-  const overdue = nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun;
-  const inert = verdict.kind === "skip" && !/^(fresh|unreadable)/.test(verdict.text) ? verdict.text : null;
-  const movedOn = rejected !== null && rejected !== refreshToken?.fingerprint() ||
-    (lastRefreshMs ?? 0) > (lastRun ?? 0);
-  const permanent = outcome.startsWith("fail:permanent_") && !movedOn;
-  const login = `log in again: CODEX_HOME=${home} codex login`;
-  const idle = lastRun === null || nowMs - lastRun > 2 * settings.intervalSeconds * SECOND;
-  const start = `start the watchdog, it ${lastRun === null ? "has never run" : `last ran ${ago(lastRun)}`} here`;
-  const [reason, advice]: [string, string | null] = overdue
-    ? [`the watchdog has not run since ${ago(lastRun ?? nextRun)}`, "start the watchdog, it is down or stuck"]
-    : verdict.kind === "skip" && verdict.text.startsWith("unreadable")
-    ? [`auth.json is ${verdict.text}`, login]
-    : inert !== null
-    ? [inert === "no_auth_json" ? "no login yet" : `nothing to refresh (${inert})`, null]
-    : permanent
-    ? [`${outcome} (${status.detail ?? "no error code"})`, login]
-    : expiresMs !== null && expiresMs <= nowMs
-    ? [`the access token expired ${ago(expiresMs)}`, idle ? start : status.detail]
-    : outcome.startsWith("fail:")
-    ? [`${outcome}, the access token is still good`, status.detail]
-    : [verdict.kind === "refresh" ? `due, ${verdict.reasons}` : "fresh", idle ? start : null];
-
-  const healthy = /^(fresh|due, )|still good$/.test(reason);
-  const warnings: string[] = [];
-  if (inert?.startsWith("auth_mode=") && refreshToken !== null) {
-    warnings.push(`there is a refresh token, but ${inert} is not refreshed`);
-  }
-  if (store !== "file") warnings.push(`config.toml keeps logins in "${store}", where this program does not look`);
-  return {
-    home,
-    state: healthy ? "healthy" : inert !== null && !overdue ? "inert" : "unhealthy",
-    reason,
-    warnings,
-    advice,
-    plan: tame(account.chatgpt_plan_type),
-    account_id: tame(account.chatgpt_account_id),
-    email: typeof identity.email === "string" ? oneLine(Secret.redact(identity.email)) : null,
-    access_token_remaining_seconds: expiresMs === null ? null : Math.trunc((expiresMs - nowMs) / SECOND),
-    access_token_lifetime_seconds: expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND),
-    ...status,
-    ...describeCredential(credential, nowMs),
-  };
 }
 
 /** The claim in which OpenAI's tokens name plan and account. */
 const AUTH_CLAIM = "https://api.openai.com/auth";
 
+/** A view from what was read: auth.json, the status file, and where config.toml says that logins are kept. Pure. */
+export function view(home: string, read: Read, status: Status, store: string, nowMs: number, settings: Settings): View {
+  const { verdict, credential } = decide(read, nowMs, settings);
+  const { expiresMs, lastRefreshMs, refreshToken } = credential;
+  const { id_token = "", access_token = "" } = read.kind === "whole" ? tokensOf(read.document) : {};
+  const account = claimsOf(id_token)?.[AUTH_CLAIM];
+  const { chatgpt_plan_type, chatgpt_account_id } = isObject(account) ? account : {};
+  const issued = claimsOf(access_token)?.iat;
+  const fromMs = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
+  const seconds = (from: number | null) =>
+    expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND);
+  const text = verdict.kind === "skip" ? verdict.text : "";
+  const warnings = store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`];
+  if (text.startsWith("auth_mode=") && refreshToken !== null) {
+    warnings.push(`${text}, so the refresh token is not used`);
+  }
+  return {
+    home,
+    ...diagnose(home, text || "due", status, credential, nowMs, settings),
+    warnings,
+    plan: tame(chatgpt_plan_type),
+    account_id: tame(chatgpt_account_id),
+    access_token_remaining_seconds: seconds(nowMs),
+    access_token_lifetime_seconds: seconds(fromMs),
+    ...status,
+    ...describeCredential(credential, nowMs),
+  };
+}
+
+/** The state of a home, why, and what to do; `text` is that of the verdict. */
+function diagnose(
+  home: string,
+  text: string,
+  { watchdog_last_outcome: outcome, rejected_refresh_token_sha256: rejected, detail, ...status }: Status,
+  { expiresMs, lastRefreshMs, refreshToken }: Credential,
+  nowMs: number,
+  { intervalSeconds }: Settings,
+): Pick<View, "state" | "reason" | "advice"> {
+  const unhealthy = (reason: string, advice: string | null) => ({ state: "unhealthy", reason, advice }) as const;
+  const lastRun = parseTimestamp(status.watchdog_last_run_iso);
+  const nextRun = parseTimestamp(status.next_run_iso ?? "");
+  const ran = lastRun === null ? "has never run here" : `last ran ${humanize(nowMs - lastRun)} ago`;
+  const down = lastRun === null || nowMs - lastRun > 2 * intervalSeconds * SECOND;
+  const start = down ? `start the watchdog, it ${ran}` : null;
+  const login = `log in again: CODEX_HOME=${home} codex login`;
+
+  if (nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun) {
+    return unhealthy(`the watchdog ${ran} and is overdue`, "start the watchdog, it is down or stuck");
+  }
+  if (text.startsWith("unreadable")) {
+    return unhealthy(`auth.json is ${text}`, text.endsWith("EACCES") ? "make it readable for this user" : login);
+  }
+  if (text === "no_auth_json") return { state: "inert", reason: "no login yet", advice: null };
+  if (!/^(fresh|due)/.test(text)) return { state: "inert", reason: `nothing to refresh (${text})`, advice: null };
+  // A login that is newer than the failure has nothing to do with it.
+  const newer = rejected === null ? (lastRefreshMs ?? 0) > (lastRun ?? 0) : rejected !== refreshToken?.fingerprint();
+  if (outcome.startsWith("fail:permanent_") && !newer) return unhealthy(`${outcome} (${detail ?? "no code"})`, login);
+  if (expiresMs !== null && expiresMs <= nowMs) {
+    return unhealthy(`the access token expired ${humanize(nowMs - expiresMs)} ago`, start ?? detail);
+  }
+  const reason = outcome.startsWith("fail:") && !newer ? `${outcome}, the access token is still good` : null;
+  return { state: "healthy", reason: reason ?? text.replace(/ .*/, ""), advice: start ?? (reason && detail) };
+}
+
 /** The views of all homes, the worst first. */
 function viewAll(homes: readonly Home[], settings: Settings): View[] {
-  const order = ["unhealthy", "healthy", "inert"];
   const views = homes.map((home) =>
     view(home.dir, readAuth(locate(home).path), readStatus(home.status), storeOf(home), Date.now(), settings)
   );
-  return views.sort((one, other) => order.indexOf(one.state) - order.indexOf(other.state));
+  const rank = ({ state }: View) => ["unhealthy", "healthy", "inert"].indexOf(state);
+  return views.sort((one, other) => rank(one) - rank(other));
 }
 
 /** Where config.toml keeps logins: its top-level `cli_auth_credentials_store`, "file" where it says nothing. */
 function storeOf(home: Home): string {
   const top = readText(join(home.dir, "config.toml"))?.split(/^\s*\[/m)[0] ?? "";
   return tame(/^\s*cli_auth_credentials_store\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
+}
+
+/** The e-mail addresses of the logins, which only `--verbose` shows. */
+function emailsOf(homes: readonly Home[]): Map<string, string> {
+  return new Map(homes.flatMap((home) => {
+    const read = readAuth(locate(home).path);
+    const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
+    return typeof email === "string" ? [[home.dir, oneLine(Secret.redact(email))]] : [];
+  }));
 }
 
 /** One line for probes. */
@@ -1306,120 +1405,85 @@ function showHealth(views: readonly View[]): string {
   return `${sick.length > 0 ? "unhealthy" : "healthy"}: ${count}${first?.home}: ${first?.reason}\n`;
 }
 
-/** For people: 80 columns, colours where wanted, one home in full or several as a table. */
-function showStatus(views: readonly View[], verbose: boolean, colour: boolean): string {
-  const codes = { healthy: 32, inert: 33, unhealthy: 31 };
-  const paint = (state: View["state"], text: string) => colour ? `\x1b[${codes[state]}m${text}\x1b[0m` : text;
-  const past = (text: string | null) => {
-    const at = parseTimestamp(text ?? "");
-    return at === null ? "never" : `${humanize(Date.now() - at)} ago`;
-  };
-  const next = ({ next_run_iso: text }: View) => {
-    const at = parseTimestamp(text ?? "");
-    return at === null
-      ? "not planned"
-      : at < Date.now()
-      ? `due for ${humanize(Date.now() - at)}`
-      : `in ${humanize(at - Date.now())}`;
+/** For people, within 80 columns: one home in full, several as a table. `emails` are shown where given. */
+function showStatus(views: readonly View[], emails: ReadonlyMap<string, string>, colour: boolean): string {
+  const paint = ({ state }: View, text: string) =>
+    colour ? `\x1b[${{ unhealthy: 31, healthy: 32, inert: 33 }[state]}m${text}\x1b[0m` : text;
+  const when = (iso: string | null, never = "never") => {
+    const ms = parseTimestamp(iso ?? "");
+    return ms === null
+      ? never
+      : ms > Date.now()
+      ? `in ${humanize(ms - Date.now())}`
+      : `${humanize(Date.now() - ms)} ago`;
   };
   const left = ({ access_token_remaining_seconds: seconds }: View) =>
     seconds === null ? "unknown" : seconds > 0 ? `${humanize(seconds * SECOND)} left` : "expired";
-  const notes = (
-    { warnings, advice }: View,
-  ) => [...warnings.map((each) => `warning: ${each}`), ...(advice === null ? [] : [`to do: ${advice}`])];
-  const wrap = (text: string) => text.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ");
+  const notes = ({ warnings, advice }: View) =>
+    [...warnings.map((each) => `warning: ${each}`), ...(advice === null ? [] : [`to do: ${advice}`])]
+      .map((note) => `  ${note.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ")}\n`).join("");
+  const fit = (text: string, width: number) =>
+    text.length < width ? text.padEnd(width) : `…${text.slice(text.length - width + 2)} `;
+
   if (views.length > 1) {
-    const row = (cells: string[]) => cells.map((cell, index) => fit(cell, [9, 28, 16, 15, 12][index] ?? 8)).join("");
-    const rows = views.map((each) =>
-      paint(each.state, row([each.state, each.home, left(each), past(each.watchdog_last_run_iso), next(each)])) + "\n" +
-      notes(each).map((note) => `  ${wrap(note)}\n`).join("")
-    );
-    return row(["state", "home", "access token", "last run", "next run"]) + "\n" + rows.join("");
+    const row = (cells: string[]) => cells.map((cell, index) => fit(cell, [10, 22, 17, 18, 13][index] ?? 0)).join("");
+    const rows = views.map((each) => {
+      const { state, home, watchdog_last_run_iso: last, next_run_iso: next } = each;
+      return `${paint(each, row([state, home, left(each), when(last), when(next, "-")]).trimEnd())}\n${notes(each)}`;
+    });
+    return `${row(["state", "home", "access token", "last run", "next run"]).trimEnd()}\n${rows.join("")}`;
   }
   return views.map((each) => {
-    const { access_token_lifetime_seconds: life, access_token_remaining_seconds: remaining } = each;
-    const part = life === null || life <= 0 ? 0 : Math.round(20 * Math.min(1, Math.max(0, (remaining ?? 0) / life)));
-    const bar = `[${"#".repeat(part)}${"-".repeat(20 - part)}]`;
+    const { access_token_lifetime_seconds: life, access_token_remaining_seconds: rest } = each;
+    const share = life === null || rest === null || life <= 0 ? 0 : Math.min(1, Math.max(0, rest / life));
+    const bar = "#".repeat(Math.round(20 * share)).padEnd(20, "-");
     const who = [each.plan && `plan ${each.plan}`, each.account_id && `account ${each.account_id}`];
-    const lines = [
-      ["login", [...who, verbose && each.email].filter((each) => each).join(", ") || "unknown"],
-      ["access token", `${bar} ${left(each)}`],
-      [
-        "refresh token",
-        each.last_refresh_age_seconds < 0
-          ? "of unknown age"
-          : `${humanize(each.last_refresh_age_seconds * SECOND)} old`,
-      ],
-      ["last run", `${past(each.watchdog_last_run_iso)} ${each.watchdog_last_outcome}`.trim()],
-      ["last refresh", past(each.last_success_iso)],
-      ["failures", `${each.consecutive_failures} in a row, ${each.failures_total} of ${each.runs_total} runs`],
-      ["next run", next(each)],
-    ];
-    const title = paint(each.state, `${each.home}: ${each.state}, ${each.reason}`);
-    return `${title}\n\n${lines.map(([name = "", text]) => `  ${name.padEnd(15)}${text}\n`).join("")}` +
-      notes(each).map((note) => `\n  ${wrap(note)}\n`).join("");
+    const age = each.last_refresh_age_seconds;
+    const lines = {
+      "login": [...who, emails.get(each.home)].filter((part) => part).join(", ") || "unknown",
+      "access token": `[${bar}] ${left(each)}`,
+      "refresh token": age < 0 ? "of unknown age" : `${humanize(age * SECOND)} old`,
+      "last run": `${when(each.watchdog_last_run_iso)} ${each.watchdog_last_outcome}`.trimEnd(),
+      "last refresh": when(each.last_success_iso),
+      "failures": `${each.consecutive_failures} in a row, ${each.failures_total} of ${each.runs_total} runs`,
+      "next run": when(each.next_run_iso, "not planned"),
+    };
+    const table = Object.entries(lines).map(([name, text]) => `  ${name.padEnd(15)}${text}\n`).join("");
+    return `${paint(each, `${each.home}: ${each.state}, ${each.reason}`)}\n\n${table}${notes(each)}`;
   }).join("");
-}
-
-function fit(text: string, width: number): string {
-  return text.length < width ? text.padEnd(width) : `…${text.slice(text.length - width + 2)} `;
 }
 
 /** Prometheus text (exposition format 0.0.4): gauges from the files, counters from the status file. */
 export function showMetrics(views: readonly View[]): string {
-  const at = (text: string | null) => (parseTimestamp(text ?? "") ?? NaN) / SECOND;
-  const families: [string, "gauge" | "counter", string, (view: View) => number][] = [
-    [
-      "healthy",
-      "gauge",
-      "1 where the login is in order or there is none to look after.",
-      (each) => Number(each.state !== "unhealthy"),
-    ],
-    [
-      "access_token_expiry_timestamp_seconds",
-      "gauge",
-      "When the access token expires.",
-      (each) => at(each.access_token_expires_iso),
-    ],
-    [
-      "last_refresh_timestamp_seconds",
-      "gauge",
-      "When auth.json says that it was refreshed.",
-      (each) => at(each.last_refresh),
-    ],
-    ["last_run_timestamp_seconds", "gauge", "When the watchdog last ran.", (each) => at(each.watchdog_last_run_iso)],
-    [
-      "last_success_timestamp_seconds",
-      "gauge",
-      "When the watchdog last refreshed the login.",
-      (each) => at(each.last_success_iso),
-    ],
-    ["next_run_timestamp_seconds", "gauge", "When the watchdog will look next.", (each) => at(each.next_run_iso)],
-    ["consecutive_failures", "gauge", "Failed attempts in a row.", (each) => each.consecutive_failures],
-    ["runs_total", "counter", "Attempts.", (each) => each.runs_total],
-    ["refreshes_total", "counter", "Attempts that refreshed the login.", (each) => each.refreshes_total],
-    ["failures_total", "counter", "Attempts that failed.", (each) => each.failures_total],
+  const at = (iso: string | null) => (parseTimestamp(iso ?? "") ?? NaN) / SECOND;
+  const families: [string, string, (each: View) => number][] = [
+    ["healthy", "Whether the login is in order, or there is none.", (each) => Number(each.state !== "unhealthy")],
+    ["access_token_expiry_timestamp_seconds", "Access token's expiry.", (each) => at(each.access_token_expires_iso)],
+    ["last_refresh_timestamp_seconds", "auth.json's last_refresh.", (each) => at(each.last_refresh)],
+    ["last_run_timestamp_seconds", "The last attempt.", (each) => at(each.watchdog_last_run_iso)],
+    ["last_success_timestamp_seconds", "The last refresh of this program.", (each) => at(each.last_success_iso)],
+    ["next_run_timestamp_seconds", "The next planned attempt.", (each) => at(each.next_run_iso)],
+    ["last_outcome", "The last attempt's outcome.", (each) => each.watchdog_last_outcome === "" ? NaN : 1],
+    ["consecutive_failures", "Failed attempts in a row.", (each) => each.consecutive_failures],
+    ["runs_total", "Attempts.", (each) => each.runs_total],
+    ["refreshes_total", "Attempts that refreshed the login.", (each) => each.refreshes_total],
+    ["failures_total", "Attempts that failed.", (each) => each.failures_total],
   ];
-  const label = (text: string) => text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n");
-  const text = families.map(([name, type, help, value]) => {
-    const samples = views.map((each) => [each.home, value(each)] as const).filter(([, value]) => !Number.isNaN(value));
-    if (samples.length === 0) return "";
-    const full = `codex_auth_refresh_${name}`;
-    const lines = samples.map(([home, value]) => `${full}{home="${label(home)}"} ${value}\n`).join("");
-    return `# HELP ${full} ${help}\n# TYPE ${full} ${type}\n${lines}`;
-  });
-  const outcomes = views.filter((each) => each.watchdog_last_outcome !== "").map((each) =>
-    `codex_auth_refresh_last_outcome{home="${label(each.home)}",outcome="${label(each.watchdog_last_outcome)}"} 1\n`
-  );
-  const head =
-    "# HELP codex_auth_refresh_last_outcome The outcome of the last attempt.\n# TYPE codex_auth_refresh_last_outcome gauge\n";
-  return text.join("") + (outcomes.length > 0 ? head + outcomes.join("") : "");
+  const quote = (text: string) => `"${text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n")}"`;
+  return families.map(([family, help, value]) => {
+    const name = `codex_auth_refresh_${family}`;
+    const samples = views.filter((each) => !Number.isNaN(value(each))).map((each) => {
+      const outcome = family === "last_outcome" ? `,outcome=${quote(each.watchdog_last_outcome)}` : "";
+      return `${name}{home=${quote(each.home)}${outcome}} ${value(each)}\n`;
+    });
+    const type = family.endsWith("_total") ? "counter" : "gauge";
+    return samples.length === 0 ? "" : `# HELP ${name} ${help}\n# TYPE ${name} ${type}\n${samples.join("")}`;
+  }).join("");
 }
 
-/** For machines; without the e-mail address, which only `--verbose` shows. */
+/** For machines: one object, or a list where there are several homes. */
 function showJson(views: readonly View[]): string {
-  const plain = views.map(({ email: _email, ...rest }) => rest);
-  return JSON.stringify(plain.length === 1 ? plain[0] : plain, null, 2) + "\n";
+  return JSON.stringify(views.length === 1 ? views[0] : views, null, 2) + "\n";
 }
 
 // ── attempt ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1444,8 +1508,8 @@ export interface Context {
   readonly force: boolean;
   /** Aborted by SIGTERM: what is in hand is finished, nothing further is started. */
   readonly stop: AbortSignal;
-  /** Until when, in milliseconds, an answer that came at `sinceMs` may be tried to store. */
-  readonly patience: (sinceMs: number) => number;
+  /** Until when an answer that came at `since` is tried to be stored; both are milliseconds of uptime. */
+  readonly patience: (since: number) => number;
   /** Fingerprint of a refresh token that is known to be dead, beside the one that the status file remembers. */
   readonly rejected: string | null;
 }
@@ -1488,7 +1552,7 @@ export async function attempt(
     watchdog_last_outcome: outcome,
     watchdog_last_run_iso: iso(now) ?? "",
     detail: detail === null ? null : oneLine(Secret.redact(detail)),
-    consecutive_failures: failed ? before.consecutive_failures + 1 : tried ? 0 : before.consecutive_failures,
+    consecutive_failures: tried && !failed ? 0 : Math.max(0, before.consecutive_failures) + Number(failed),
     runs_total: before.runs_total + 1,
     refreshes_total: before.refreshes_total + Number(done),
     failures_total: before.failures_total + Number(failed),
@@ -1509,18 +1573,13 @@ function resultOf(target: Target, outcome: Outcome, detail: string | null, more:
 
 async function attemptUnlocked(home: Home, target: Target, context: Context): Promise<Result | null> {
   const { settings, log, force, stop } = context;
-  const { verdict } = decide(await readSettled(target.path), Date.now(), settings, force);
-  if (findTemporaries(target.path).length === 0) {
+  const seen = await readSettled(target.path);
+  const { verdict } = decide(seen, Date.now(), settings, force);
+  const blocked = seen.kind === "unreadable" && !seen.torn;
+  if (blocked || findTemporaries(target.path).length === 0) {
     if (verdict.kind === "skip") return skipped(verdict, target, log);
-    const status = readStatus(home.status);
-    const rejected = verdict.token.fingerprint();
-    if (!force && [context.rejected, status.rejected_refresh_token_sha256].includes(rejected)) {
-      const { watchdog_last_outcome: last, detail } = status;
-      const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
-      const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
-      reportPermanent(home, outcome, code, "known to be dead, not sent again", log);
-      return resultOf(target, outcome, code, { rejected, tried: false });
-    }
+    const dead = knownDead(home, target, context, verdict.token);
+    if (dead !== null) return dead;
   }
   const lock = await takeLock(target, stop);
   if (lock === null && stop.aborted) return null;
@@ -1531,22 +1590,35 @@ async function attemptUnlocked(home: Home, target: Target, context: Context): Pr
     return resultOf(target, "fail:locked", detail);
   }
   try {
-    return await attemptLocked(home, target, context, verdict.kind === "refresh" ? verdict.token : null);
+    return await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null);
   } finally {
     lock.release();
   }
+}
+
+/** The result for a token that the server has called dead before: it is not sent again, unless by force. */
+function knownDead(home: Home, target: Target, { force, rejected, log }: Context, token: Secret): Result | null {
+  const { rejected_refresh_token_sha256, watchdog_last_outcome: last, detail } = readStatus(home.status);
+  const fingerprint = token.fingerprint();
+  if (force || ![rejected, rejected_refresh_token_sha256].includes(fingerprint)) return null;
+  const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
+  const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
+  reportPermanent(home, outcome, code, "known to be dead, not sent again", log);
+  return resultOf(target, outcome, code, { rejected: fingerprint, tried: false });
 }
 
 /** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
 async function attemptLocked(
   home: Home,
   target: Target,
-  { settings, log, force, stop, patience }: Context,
+  context: Context,
+  { giveWay }: Lock,
   expected: Secret | null,
 ): Promise<Result | null> {
+  const { settings, log, force, stop, patience } = context;
   const { inPlace } = settings;
-  const begun = Date.now();
-  const rolled = await rollForward(target, { inPlace, giveUpAt: () => patience(begun) });
+  const begun = uptime();
+  const rolled = await rollForward(target, { inPlace, giveWay, giveUpAt: () => patience(begun) });
   if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
 
   const seen = await readSettled(target.path);
@@ -1556,10 +1628,15 @@ async function attemptLocked(
   }
   const fingerprint = verdict.token.fingerprint();
   if (expected !== null && expected.fingerprint() !== fingerprint) return superseded(target, log);
-  if (stop.aborted) return null;
+  const dead = knownDead(home, target, context, verdict.token);
+  if (dead !== null || stop.aborted) return dead;
 
   const roots = readRoots(settings);
   const room = await prove(target, fingerprint, Buffer.byteLength(seen.text), inPlace);
+  if (stop.aborted) {
+    discard(room);
+    return null;
+  }
   const endpoint = settings.url.origin + settings.url.pathname;
   log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
   const answer = await post(verdict.token, settings, roots, stop, log).catch((error: unknown) => {
@@ -1568,8 +1645,9 @@ async function attemptLocked(
   });
   if (answer.kind === "granted") {
     const { grant, status, unusable } = answer;
-    const giveUpAt = () => patience(Date.parse(grant.lastRefresh));
-    const stored = await store({ target, fingerprint, grant, inPlace, giveUpAt }, seen.document, room);
+    const since = uptime();
+    const job = { target, fingerprint, grant, inPlace, giveWay, giveUpAt: () => patience(since) };
+    const stored = await store(job, seen.document, room);
     const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
     const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
     return reportStored(stored, null, how, target, log);
@@ -1601,8 +1679,12 @@ function reportStored(stored: Stored, detail: string | null, how: string, target
     log("info", "refreshed", `refresh: ok (${how})`);
     return resultOf(target, "refreshed", detail);
   }
-  const kept = `The new tokens are in ${stored.keptIn}: do not delete it, the next attempt stores them`;
-  const text = `${stored.error}. ${stored.keptIn === null ? "The new tokens are lost: log in again" : kept}`;
+  const kept = stored.keptIn === target.path
+    ? "The new tokens are in auth.json, but the disk has not confirmed them"
+    : stored.keptIn !== null
+    ? `The new tokens are in ${stored.keptIn}: do not delete it, the next attempt stores them`
+    : "No file is known to hold the new tokens: if the next attempt fails too, log in again";
+  const text = `${stored.error}. ${kept}`;
   log("error", "store_failed", `refresh: redeemed, but not stored: ${text}`);
   return resultOf(target, "fail:store", text);
 }
@@ -1619,14 +1701,18 @@ async function reportRefused(
 ): Promise<Result> {
   const { status } = answer;
   if (answer.kind === "permanent") {
-    for (const until = Date.now() + LOOK_AGAIN_MS; Date.now() < until; await sleep(100)) {
+    for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
       const now = await readSettled(target.path);
       if (now.kind === "absent" || now.kind === "whole" && tokenIn(now) !== sent) return superseded(target, log);
     }
     const outcome: Outcome = `fail:permanent_${status}`;
     const dead = answer.code !== null && DEAD_CODES.includes(answer.code);
+    const rejected = dead ? sent : null;
     reportPermanent(home, outcome, answer.code ?? "none, a proxy may have answered", "refresh_token rejected", log);
-    return resultOf(target, outcome, answer.code, { rejected: dead ? sent : null });
+    // Before the lock is released: whoever waits for it must not send the token again.
+    const memory = { rejected_refresh_token_sha256: rejected, watchdog_last_outcome: outcome, detail: answer.code };
+    if (dead) writeStatus(home, memory, log);
+    return resultOf(target, outcome, answer.code, { rejected });
   }
   const { detail } = answer;
   if (answer.kind === "useless") {
@@ -1684,7 +1770,7 @@ export function schedule(
     why,
   });
 
-  if (outcome === "start" || outcome === "changed" || outcome === "superseded" && due) {
+  if (outcome === "start" || outcome === "changed" || due && exitCode(outcome) === 1) {
     if (!due || !alive) return { at: nowMs, why: outcome };
     // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
     const half = outcome !== "start" && lastRefreshMs !== null ? (lastRefreshMs + expiresMs) / 2 : nowMs;
@@ -1703,7 +1789,9 @@ export function schedule(
   const margin = expiresMs === null ? Infinity : expiresMs - settings.marginSeconds * SECOND;
   const stale = lastRefreshMs === null ? Infinity : lastRefreshMs + settings.staleSeconds * SECOND;
   if (Math.min(margin, stale) > nowMs + interval) return planned(nowMs + interval, "interval");
-  if (outcome === "skip" && Math.min(margin, stale) <= nowMs) return planned(nowMs + interval, "nothing to refresh");
+  if (outcome === "skip" && !due && Math.min(margin, stale) <= nowMs) {
+    return planned(nowMs + interval, "nothing to refresh");
+  }
   // Tokens that live for less than the margin are always due: without a floor that would spin.
   const success = outcome === "refreshed";
   const floor = success ? nowMs + Math.min(MINUTE, interval) : nowMs;
@@ -1751,7 +1839,7 @@ export async function loop(
   let stoppedAt = Infinity;
   let wake = new AbortController();
   stop.addEventListener("abort", () => {
-    stoppedAt = Date.now();
+    stoppedAt = uptime();
     wake.abort();
   });
   const patience = () => stoppedAt + MINUTE;
@@ -1774,6 +1862,7 @@ export async function loop(
   const run = async (watch: Watch): Promise<void> => {
     const { home, log } = watch;
     const before = identify(home);
+    const heard = hangUps;
     const { rejected } = watch;
     const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
       watch.failures = exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
@@ -1783,6 +1872,7 @@ export async function loop(
     });
     // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
     watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
+    if (hangUps !== heard) watch.at = 0;
     watch.busy = false;
     wake.abort();
   };
@@ -1790,7 +1880,9 @@ export async function loop(
   const watches = homes.map((home): Watch => (
     { home, log: logOf(home), busy: false, at: 0, identity: "", failures: 0, rejected: null }
   ));
+  let hangUps = 0;
   onHangUp(() => {
+    hangUps++;
     for (const watch of watches) watch.at = 0;
     wake.abort();
   });
@@ -1896,6 +1988,8 @@ function readArguments(args: readonly string[]): Arguments {
     /^-.*=/.test(arg) && !/^--listen=/.test(arg)
   );
   if (valued !== undefined) throw new UsageError(`${valued}: this flag takes no value`);
+  const lone = args.find((arg, index) => /^(true|false)$/.test(arg) && args[index - 1]?.startsWith("-"));
+  if (lone !== undefined) throw new UsageError(`${lone}: flags take no value; a home of that name is ./${lone}`);
   const parsed = untypedParseArgs([...args], {
     boolean: FLAGS,
     string: ["_", "listen"],
@@ -1918,33 +2012,41 @@ function readArguments(args: readonly string[]): Arguments {
  * `settled` resolves when nothing is on its way any more, or after a moment.
  */
 function openLog(): { write: (line: string) => void; settled: () => Promise<void> } {
-  if (typeof Deno !== "undefined") {
-    let pending = 0;
-    let last = Promise.resolve();
-    const write = (line: string) => {
-      if (pending > 64) return;
-      pending++;
-      last = Deno.stderr.write(Buffer.from(line + "\n")).then(() => {}, () => {}).finally(() => pending--);
-    };
-    return { write, settled: () => Promise.race([last, sleep(200)]) };
-  }
   let fd = 2;
+  let blocks = typeof Deno !== "undefined";
   try {
-    // A description of our own for the same pipe: it does not block, and leaves the others' as it is.
-    const { O_WRONLY, O_NONBLOCK } = fs.constants;
-    if (fs.fstatSync(2).isFIFO()) fd = fs.openSync("/proc/self/fd/2", O_WRONLY | O_NONBLOCK);
+    const stat = fs.fstatSync(2);
+    blocks ||= !stat.isFile();
+    // A description of our own for the same pipe or terminal: it does not block, and leaves the others' as it is.
+    if (!blocks || stat.isSocket()) throw new Error("needs none, or cannot have one");
+    fd = fs.openSync("/proc/self/fd/2", fs.constants.O_WRONLY | fs.constants.O_NONBLOCK);
+    blocks = false;
   } catch {
-    // No /proc, or stderr is closed: then as it is.
+    // Then as it is; where it may block, in the background.
   }
-  const write = (line: string) => {
+  const lines: string[] = [];
+  let drained: Promise<unknown> = Promise.resolve();
+  const drain = async () => {
+    for (let line = lines[0]; line !== undefined; line = lines[0]) {
+      await writeInBackground(Buffer.from(line)).catch(() => {});
+      lines.shift();
+    }
+  };
+  const write = (text: string) => {
+    const line = `${text}\n`;
     try {
-      fs.writeSync(fd, line + "\n");
+      if (!blocks) fs.writeSync(fd, line);
+      else if (lines.length < 64 && lines.push(line) === 1) drained = drain();
     } catch {
       // Dropped.
     }
   };
-  return { write, settled: () => Promise.resolve() };
+  return { write, settled: () => Promise.race([drained, sleep(200)]).then(() => {}) };
 }
+
+const writeInBackground: (bytes: Uint8Array) => Promise<unknown> = typeof Deno !== "undefined"
+  ? (bytes) => Deno.stderr.write(bytes)
+  : promisify((bytes: Uint8Array, done: (error: Error | null) => void) => fs.write(2, bytes, done));
 
 function print(text: string): number {
   try {
@@ -1981,7 +2083,7 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
   if (flags.json) return print(showJson(views()));
   if (flags.status) {
     const colour = !env.NO_COLOR && (await import("node:tty")).isatty(1);
-    return print(showStatus(views(), flags.verbose, colour));
+    return print(showStatus(views(), flags.verbose ? emailsOf(homes) : new Map(), colour));
   }
   if (flags.metrics) return print(showMetrics(views()));
   if (flags.health) {
