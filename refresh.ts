@@ -1653,6 +1653,7 @@ async function attemptLocked(
     return reportStored(stored, null, how, target, log);
   }
   discard(room);
+  giveWay();
   return await reportRefused(home, answer, target, fingerprint, log);
 }
 
@@ -1855,7 +1856,7 @@ export async function loop(
     watch.identity = identify(watch.home);
     const { path } = locate(watch.home);
     const { verdict, credential } = decide(readAuth(path), Date.now(), settings);
-    const due = verdict.kind === "refresh" && findTemporaries(path).length === 0;
+    const due = verdict.kind === "refresh" && !hasTemporaries(path);
     const at = plan(watch, { outcome, due, credential, retryAfterMs: null });
     if (at > Date.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
   };
@@ -1888,14 +1889,14 @@ export async function loop(
   });
   for (const watch of watches) look(watch, "start");
   const running = new Set<Promise<void>>();
-  let [clock, looked] = [Date.now(), Date.now()];
+  let [wall, up, looked] = [Date.now(), uptime(), uptime()];
   while (!stop.aborted) {
     const now = Date.now();
     // A clock that was set back must not make the planned waits longer.
-    if (now < clock) { for (const watch of watches) watch.at -= clock - now; }
-    const step = now < clock || now - looked >= STEP_MS - SECOND;
-    if (step) looked = now;
-    clock = now;
+    const back = uptime() - up - (now - wall);
+    if (back > SECOND) { for (const watch of watches) watch.at -= back; }
+    const step = back > SECOND || uptime() - looked >= STEP_MS;
+    [wall, up, looked] = [now, uptime(), step ? uptime() : looked];
     for (const watch of watches) {
       if (watch.busy) continue;
       if (step && now < watch.at && identify(watch.home) !== watch.identity) look(watch, "changed");
@@ -1906,9 +1907,18 @@ export async function loop(
     }
     wake = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
-    await sleep(Math.max(0, Math.min(STEP_MS, next - Date.now())), wake.signal);
+    await sleep(Math.max(0, Math.min(looked + STEP_MS - uptime(), next - Date.now())), wake.signal);
+    await sleep(0); // whatever wakes us, signals come first
   }
   await Promise.all(running);
+}
+
+function hasTemporaries(path: string): boolean {
+  try {
+    return findTemporaries(path).length > 0;
+  } catch {
+    return true; // for an attempt to say
+  }
 }
 
 /** What changes when auth.json is written or replaced; no more than a stat. */
