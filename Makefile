@@ -50,7 +50,7 @@ check: | $(deno-installed)  ## format, lint and types only
 	@$(DENO) check --quiet $(SOURCES)
 
 interop torture simulate soak recipes: build | $(bun-installed)  ## the long proofs, one by one
-	@$(forms) $(DENO) test -A .ci/$@_test.ts
+	@$(forms) $(DENO) test -A $(wildcard .ci/$@*_test.ts)
 
 bench: build | $(bun-installed)  ## what it costs
 	@$(forms) $(DENO) run --quiet -A .ci/bench.ts

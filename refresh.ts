@@ -21,18 +21,19 @@
  * @module
  */
 import { Buffer } from "node:buffer";
-import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
-import { promisify } from "node:util";
 import { parseArgs as untypedParseArgs } from "@std/cli/parse-args";
 import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 
 export const VERSION = "1.0.0";
 
 const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
-const fsync = promisify(fs.fsync);
+const fsync = (fd: number) =>
+  new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
+/** For what an attempt with nothing to do does not need: an import would be loaded, and embedded, every time. */
+const builtin = process.getBuiltinModule;
 const SECOND = 1000;
 const MINUTE = 60 * SECOND;
 /** Milliseconds for measuring how long something takes, whatever happens to the clock on the wall. */
@@ -184,7 +185,8 @@ export class Secret {
   /** The value itself, for the request's body and for auth.json. */
   open = (): string => this.#value;
   /** The start of its SHA-256: tells tokens apart and gives none away. */
-  fingerprint = (): string => createHash("sha256").update(this.#value).digest("hex").slice(0, 16);
+  fingerprint = (): string =>
+    builtin("node:crypto").createHash("sha256").update(this.#value).digest("hex").slice(0, 16);
   toString = (): string => "[redacted]";
   toJSON = this.toString;
   [Symbol.for("nodejs.util.inspect.custom")](): string {
@@ -420,14 +422,14 @@ export function readRoots({ caFile }: Pick<Settings, "caFile">): string | null {
  * What fetch takes beyond the standard's options; each engine ignores the other's. TLS is verified whatever the
  * environment says, and no connection is used twice: an engine may silently repeat a request on one that turns out dead.
  */
-async function engineOptions(roots: string | null): Promise<{ options: object; close(): void }> {
+function engineOptions(roots: string | null): { options: object; close(): void } {
   if (typeof Deno !== "undefined") {
     const caCerts = roots === null ? [] : [roots];
     const client = Deno.createHttpClient({ caCerts, poolMaxIdlePerHost: 0, http2: false });
     return { options: { client }, close: () => client.close() };
   }
   // Bun takes `ca` instead of its own roots, not beside them.
-  const ca = roots === null ? {} : { ca: [...(await import("node:tls")).rootCertificates, roots] };
+  const ca = roots === null ? {} : { ca: [...builtin("node:tls").rootCertificates, roots] };
   return { options: { keepalive: false, tls: { rejectUnauthorized: true, ...ca } }, close() {} };
 }
 
@@ -443,7 +445,7 @@ export async function post(
   stop: AbortSignal,
   log: Log,
 ): Promise<Answer> {
-  const { options, close } = await engineOptions(roots);
+  const { options, close } = engineOptions(roots);
   const deadline = uptime() + ALL_TRIES_MS;
   const once = () => postOnce(token, url, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
@@ -715,7 +717,7 @@ const leave = () => queue.length > 0 ? queue.shift()?.() : void places++;
 
 /** Takes a home's turn; null where it was not to be had within 180 s, or before `stop`. Throws what the disk throws. */
 async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Lock | null> {
-  const { DatabaseSync } = await import("node:sqlite");
+  const { DatabaseSync } = builtin("node:sqlite");
   const deadline = uptime() + LOCK_WAIT_MS;
   while (!stop.aborted) {
     await enter();
@@ -748,20 +750,23 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]): Da
   const before = fs.lstatSync(path);
   if (!before.isFile()) throw new CannotStart(`${path} is not a file`);
   if (owner !== null && before.uid !== owner.uid) fs.lchownSync(path, owner.uid, owner.gid);
-  const database = new DatabaseSync(path, { timeout: 0 });
+  let database: Database | null = null;
   try {
+    database = new DatabaseSync(path, { timeout: 0 });
     database.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
     database.exec("BEGIN EXCLUSIVE");
     // A file that was replaced meanwhile is one that nobody else will find.
     const after = fs.lstatSync(path, { throwIfNoEntry: false });
     if (after?.ino === before.ino && after.dev === before.dev) return database;
   } catch (error) {
-    if (!(error instanceof Error && error.message.includes("database is locked"))) {
-      database.close();
-      throw new CannotStart(`${path} cannot be locked: ${error instanceof Error ? error.message : "unknown error"}`);
+    const why = error instanceof Error ? error.message : "";
+    if (!why.includes("database is locked")) {
+      database?.close();
+      const mine = [0, before.uid].includes(process.getuid?.() ?? 0);
+      throw new CannotStart(`${path} cannot be locked: ${mine ? why : `no permission, it is user ${before.uid}'s`}`);
     }
   }
-  database.close();
+  database?.close();
   return null;
 }
 
@@ -829,12 +834,18 @@ function writeAll(fd: number, text: string): number {
 }
 
 async function syncDirectory(path: string): Promise<void> {
-  const fd = fs.openSync(dirname(path), fs.constants.O_RDONLY);
   try {
-    await fsync(fd);
+    await syncPath(dirname(path));
   } catch (error) {
     // Some network file systems cannot sync a directory, and say so.
     if (!["EINVAL", "ENOTSUP"].includes(errorName(error))) throw error;
+  }
+}
+
+async function syncPath(path: string): Promise<void> {
+  const fd = fs.openSync(path, fs.constants.O_RDONLY);
+  try {
+    await fsync(fd);
   } finally {
     closeQuietly(fd);
   }
@@ -1143,6 +1154,8 @@ async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt
       const document = seen.kind === "whole" ? seen.document : journal.document;
       return await store({ ...rest, target, fingerprint, grant }, document, null);
     }
+    // A rewrite in place may have ended before its fsync: no journal goes before auth.json is on the disk.
+    if (tokenIn(journal) !== null && tokenIn(journal) === tokenIn(seen)) await syncPath(target.path);
     removeQuietly(path);
   }
   return null;
@@ -1271,13 +1284,12 @@ function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
   const start = `.${STATUS_FILE}.`;
   const temporary = join(home.dir, `${start}${process.pid}.${Math.random().toString(36).slice(2)}.tmp`);
   try {
-    const stat = fs.statSync(home.dir, { throwIfNoEntry: false });
-    if (stat === undefined) return;
+    if (!fs.existsSync(home.dir)) return;
     for (const name of fs.readdirSync(home.dir).filter((name) => name.startsWith(start))) {
       const left = fs.lstatSync(join(home.dir, name), { throwIfNoEntry: false });
       if (left !== undefined && Date.now() - left.mtimeMs > MINUTE) removeQuietly(join(home.dir, name));
     }
-    const fd = createPrivate(temporary, process.getuid?.() === 0 ? { uid: stat.uid, gid: stat.gid } : null);
+    const fd = createPrivate(temporary, locate(home).owner);
     try {
       const status = { ...readStatus(home.status), ...change, watchdog_version: VERSION };
       writeAll(fd, JSON.stringify(status, null, 2) + "\n");
@@ -2038,7 +2050,7 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
   let drained: Promise<unknown> = Promise.resolve();
   const drain = async () => {
     for (let line = lines[0]; line !== undefined; line = lines[0]) {
-      await writeInBackground(Buffer.from(line)).catch(() => {});
+      await writeInBackground(Buffer.from(line)).catch(() => {}); // dropped
       lines.shift();
     }
   };
@@ -2054,9 +2066,10 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
   return { write, settled: () => Promise.race([drained, sleep(200)]).then(() => {}) };
 }
 
-const writeInBackground: (bytes: Uint8Array) => Promise<unknown> = typeof Deno !== "undefined"
-  ? (bytes) => Deno.stderr.write(bytes)
-  : promisify((bytes: Uint8Array, done: (error: Error | null) => void) => fs.write(2, bytes, done));
+function writeInBackground(bytes: Uint8Array): Promise<unknown> {
+  if (typeof Deno !== "undefined") return Deno.stderr.write(bytes);
+  return new Promise((resolve) => fs.write(2, bytes, resolve));
+}
 
 function print(text: string): number {
   try {
@@ -2092,7 +2105,7 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
   const views = () => viewAll(homes, settings);
   if (flags.json) return print(showJson(views()));
   if (flags.status) {
-    const colour = !env.NO_COLOR && (await import("node:tty")).isatty(1);
+    const colour = !env.NO_COLOR && builtin("node:tty").isatty(1);
     return print(showStatus(views(), flags.verbose ? emailsOf(homes) : new Map(), colour));
   }
   if (flags.metrics) return print(showMetrics(views()));
@@ -2144,7 +2157,7 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
 
 /** Answers `/healthz`, `/metrics` and `/status` over HTTP, and nothing else. Resolves once it listens. */
 async function listen(address: string, views: () => View[], stop: AbortSignal): Promise<void> {
-  const { createServer } = await import("node:http");
+  const { createServer } = builtin("node:http");
   const [, host = "127.0.0.1", port = ""] = /^(?:\[?([^\]]+?)\]?:|:)?(\d+)$/.exec(address) ?? [];
   if (port === "" || Number(port) > 65535) throw new UsageError(`--listen ${address}: must be ADDR:PORT, or PORT`);
   const server = createServer((request, response) => {
