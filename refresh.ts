@@ -1586,10 +1586,10 @@ function resultOf(target: Target, outcome: Outcome, detail: string | null, more:
 async function attemptUnlocked(home: Home, target: Target, context: Context): Promise<Result | null> {
   const { settings, log, force, stop } = context;
   const seen = await readSettled(target.path);
-  const { verdict } = decide(seen, Date.now(), settings, force);
+  const { verdict, credential } = decide(seen, Date.now(), settings, force);
   const blocked = seen.kind === "unreadable" && !seen.torn;
   if (blocked || findTemporaries(target.path).length === 0) {
-    if (verdict.kind === "skip") return skipped(verdict, target, log);
+    if (verdict.kind === "skip") return skipped(verdict, credential, target, log);
     const dead = knownDead(home, target, context, verdict.token);
     if (dead !== null) return dead;
   }
@@ -1634,9 +1634,9 @@ async function attemptLocked(
   if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
 
   const seen = await readSettled(target.path);
-  const { verdict } = decide(seen, Date.now(), settings, force);
+  const { verdict, credential } = decide(seen, Date.now(), settings, force);
   if (verdict.kind === "skip" || seen.kind !== "whole") {
-    return verdict.kind === "skip" ? skipped(verdict, target, log) : null;
+    return verdict.kind === "skip" ? skipped(verdict, credential, target, log) : null;
   }
   const fingerprint = verdict.token.fingerprint();
   if (expected !== null && expected.fingerprint() !== fingerprint) return superseded(target, log);
@@ -1669,15 +1669,19 @@ async function attemptLocked(
   return await reportRefused(home, answer, target, fingerprint, log);
 }
 
-function skipped({ outcome, text }: Verdict & { kind: "skip" }, target: Target, log: Log): Result {
-  const result = resultOf(target, outcome, text);
-  const absent = `skip: ${target.path} absent or empty (no chatgpt-subscription auth in this workspace)`;
+function skipped(
+  { outcome, text }: Verdict & { kind: "skip" },
+  credential: Credential,
+  { path }: Target,
+  log: Log,
+): Result {
+  const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
   if (outcome === "skip:no_auth_json") log("info", "no_auth_json", absent);
   else log("info", "no_op", `no-op: ${text}`);
-  if (text.startsWith("auth_mode=") && result.credential.refreshToken !== null) {
+  if (text.startsWith("auth_mode=") && credential.refreshToken !== null) {
     log("warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use");
   }
-  return result;
+  return { outcome, detail: text, credential, retryAfterMs: null, rejected: null, tried: true };
 }
 
 function superseded(target: Target, log: Log): Result {
