@@ -1033,8 +1033,10 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
     if (seen.kind === "absent" || seen.kind === "whole" && tokenIn(seen) !== fingerprint) {
       // Somebody logged in, out or refreshed; or an earlier round got as far as the rename.
       const ours = tokenIn(seen) !== null && tokenIn(seen) === grant.tokens.refresh_token?.fingerprint();
-      if (ours) await syncDirectory(path);
-      return ours ? STORED : SUPERSEDED;
+      if (!ours) return SUPERSEDED;
+      await syncPath(path);
+      await syncDirectory(path);
+      return STORED;
     }
     if (seen.kind === "whole" && render(seen.document, grant) !== temporary.content) {
       // Other fields changed. A second file renamed over the first: one whole document is there at every moment.
