@@ -53,6 +53,7 @@ export interface Settings {
   readonly marginSeconds: number;
   readonly staleSeconds: number;
   readonly url: URL;
+  readonly proxy: URL | null;
   readonly caFile: { readonly name: string; readonly path: string } | null;
   readonly inPlace: boolean;
   readonly logFormat: "text" | "json";
@@ -80,7 +81,7 @@ export function readSettings(env: Environment): Settings {
   };
   const url = (name: string, value: string, allowed: string, test: (url: URL) => boolean): URL => {
     const parsed = URL.canParse(value) ? new URL(value) : null;
-    if (parsed === null || !test(parsed)) throw bad(name, value.replace(/\/\/.*@/, "//"), allowed);
+    if (parsed === null || !test(parsed)) throw bad(name, value.replace(/^.*@/s, "…@"), allowed); // no password
     return parsed;
   };
 
@@ -93,19 +94,19 @@ export function readSettings(env: Environment): Settings {
       username + password === "" &&
       (protocol === "https:" || protocol === "http:" && (allowHttp || isLoopback(hostname))),
   );
-  const proxy = endpoint.protocol.replace(":", "_proxy");
-  for (const name of [proxy, proxy.toUpperCase()]) {
-    const value = env[name] && (env[name].includes("://") ? env[name] : `http://${env[name]}`);
-    if (value) url(name, value, "the URL of an http proxy", ({ protocol }) => /^https?:$/.test(protocol));
-  }
+  const proxyName = proxyNames(endpoint).find((name) => env[name] && !bypassesProxy(endpoint.hostname, env));
+  const proxyText = env[proxyName ?? ""] ?? "";
+  const proxyUrl = proxyText.includes("://") ? proxyText : `http://${proxyText}`;
+  const isProxy = ({ protocol }: URL) => /^https?:$/.test(protocol);
   const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
   const caPath = env[caName];
-  if (caPath && !statOf(caPath)?.isFile()) throw bad(caName, caPath, "a PEM file with root certificates");
+  if (caPath && !isReadable(caPath)) throw bad(caName, caPath, "a PEM file with root certificates");
   return {
     intervalSeconds: seconds("CODEX_AUTH_REFRESH_INTERVAL_SECONDS", 21600, 1),
     marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
     staleSeconds: seconds("CODEX_AUTH_STALE_AFTER_SECONDS", 604800, 1),
     url: endpoint,
+    proxy: proxyName ? url(proxyName, proxyUrl, "the URL of an http proxy", isProxy) : null,
     caFile: caPath ? { name: caName, path: caPath } : null,
     inPlace: oneOf("CODEX_AUTH_IN_PLACE", "0", "1") === "1",
     logFormat: oneOf("CODEX_AUTH_LOG_FORMAT", "text", "json"),
@@ -113,13 +114,49 @@ export function readSettings(env: Environment): Settings {
 }
 
 function isLoopback(host: string): boolean {
-  return host === "localhost" || host.endsWith(".localhost") || host === "[::1]" || /^127(\.\d+){3}$/.test(host);
+  return host === "localhost" || host === "[::1]" || /^127(\.\d+){3}$/.test(host);
 }
 
-/** One CODEX_HOME: `dir` as it was named, `real` with symlinks resolved. */
+/**
+ * The variables in which curl looks for the proxy to an endpoint, the first that is set. HTTP_PROXY is none of them: a
+ * web server hands it to its programs from a header of the request.
+ */
+function proxyNames({ protocol }: URL): string[] {
+  return [...(protocol === "https:" ? ["https_proxy", "HTTPS_PROXY"] : ["http_proxy"]), "all_proxy", "ALL_PROXY"];
+}
+
+/** Whether NO_PROXY names a host, as curl reads it: an asterisk alone, domains, addresses and networks. */
+export function bypassesProxy(hostname: string, env: Environment): boolean {
+  const list = (env.no_proxy || env.NO_PROXY || "").trim().toLowerCase();
+  if (list === "" || list === "*") return list === "*";
+  const { BlockList, isIP } = builtin("node:net");
+  const family = (address: string) => isIP(address) === 6 ? "ipv6" : "ipv4";
+  const host = hostname.replace(/^\[|\]$|\.$/g, "");
+  return list.split(/[\s,]+/).some((entry) => {
+    const [name = "", bits] = entry.replace(/^\.|\.$|[[\]]/g, "").split("/");
+    if (name === host || name !== "" && !isIP(host) && host.endsWith(`.${name}`)) return true;
+    if (!isIP(host) || !isIP(name) || !/^\d{1,3}$/.test(bits ?? "") || Number(bits) > (isIP(name) === 6 ? 128 : 32)) {
+      return false;
+    }
+    const network = new BlockList();
+    network.addSubnet(name, Number(bits), family(name));
+    return network.check(host, family(host));
+  });
+}
+
+/** Whether there is a file that we may read; a folder is none. */
+function isReadable(path: string): boolean {
+  try {
+    fs.accessSync(path, fs.constants.R_OK);
+    return fs.statSync(path).isFile();
+  } catch {
+    return false;
+  }
+}
+
+/** One CODEX_HOME as it was named, and its status file. */
 export interface Home {
   readonly dir: string;
-  readonly real: string;
   readonly status: string;
 }
 
@@ -130,30 +167,19 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
   for (const name of names.length > 0 ? names : [preset]) {
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
     const dir = resolve(name);
-    if (statOf(dir)?.isDirectory() === false) {
-      throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
-    }
     const real = realPath(dir);
-    if (!homes.has(real)) homes.set(real, { dir, real, status: join(dir, STATUS_FILE) });
+    if (isReadable(real)) throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
+    if (!homes.has(real)) homes.set(real, { dir, status: join(dir, STATUS_FILE) });
   }
   return [...homes.values()];
 }
 
-/** What there is at a path that the caller named, null where nothing is. Not to be told is the caller's mistake. */
-function statOf(path: string): fs.Stats | null {
-  try {
-    return fs.statSync(path);
-  } catch (error) {
-    if (errorName(error) === "ENOENT") return null;
-    throw new UsageError(`${path}: ${errorName(error)}`);
-  }
-}
-
 /** The path with symlinks resolved, as far as it exists. */
-function realPath(path: string): string {
+function realPath(path: string, again = true): string {
   try {
     return fs.realpathSync(path);
   } catch {
+    if (again && fs.existsSync(path)) return realPath(path, false); // replaced while it was looked up
     return dirname(path) === path ? path : join(realPath(dirname(path)), basename(path));
   }
 }
@@ -169,9 +195,7 @@ export class Secret {
   constructor(value: string) {
     this.#value = value;
     // Anything as short as a word would garble every line.
-    if (value.length <= 8 || Secret.#recent.includes(value)) return;
-    Secret.#recent.push(value);
-    if (Secret.#recent.length > 128) Secret.#recent.shift();
+    if (value.length > 8) Secret.#recent = [...Secret.#recent.filter((each) => each !== value).slice(-127), value];
   }
   /** Replaces every token that is known by now. */
   static redact(text: string): string {
@@ -199,7 +223,7 @@ export class Secret {
 
 /** A word that somebody else wrote, if it is harmless enough to repeat. */
 function tame(word: unknown): string | null {
-  return typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && !Secret.leaks(word) ? word : null;
+  return typeof word === "string" && /^[ -~]{1,40}$/.test(word) && !Secret.leaks(word) ? word : null;
 }
 
 /** No control characters: a file name may hold a line break, a log line may not. */
@@ -214,9 +238,9 @@ function logTo(write: (line: string) => void, format: Settings["logFormat"], hom
   return (level, event, text) => {
     const time = new Date().toISOString().replace(/\.\d+Z$/, "Z");
     const message = oneLine(Secret.redact(text));
-    const prefix = `[codex_auth_refresh ${time}] ${home !== null && many ? `[${home.dir}] ` : ""}`;
-    if (format === "text") return write(prefix + message);
-    const pairs = [...message.matchAll(/\b([a-z_]+)=([^\s<>=()]+)/g)].map(([, name, value]) => [name, value]);
+    const name = home !== null && many ? `[${oneLine(home.dir)}] ` : "";
+    if (format === "text") return write(`[codex_auth_refresh ${time}] ${name}${message}`);
+    const pairs = [...message.matchAll(/(?<=[ (]|^)([a-z_]+)=([^\s()]+)/g)].map(([, name, value]) => [name, value]);
     write(JSON.stringify({ ...Object.fromEntries(pairs), time, level, event, home: home?.dir ?? null, message }));
   };
 }
@@ -247,29 +271,21 @@ export type Verdict =
   | { readonly kind: "refresh"; readonly reasons: string; readonly token: Secret };
 
 type Rule = Pick<Settings, "marginSeconds" | "staleSeconds">;
+type Decision = { readonly verdict: Verdict; readonly credential: Credential };
 
 /**
  * The verdict on a login; `force` asks even where it is fresh. The rule is the Codex CLI's own, applied earlier by the
  * margins in `settings` (is_stale_for_proactive_refresh in codex-rs/login/src/auth/manager.rs: access token expired, or
  * last_refresh eight days old).
  */
-export function decide(read: Read, nowMs: number, settings: Rule, force = false) {
+export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds }: Rule, force = false): Decision {
   const document = read.kind === "whole" ? read.document : {};
   const credential = credentialOf(document, nowMs);
-  return { verdict: judgeLogin(read, document, credential, nowMs, settings, force), credential };
-}
-
-function judgeLogin(
-  read: Read,
-  document: JsonObject,
-  { lastRefreshMs, expiresMs, refreshToken: token }: Credential,
-  nowMs: number,
-  { marginSeconds, staleSeconds }: Rule,
-  force: boolean,
-): Verdict {
-  const skip = (text: string): Verdict => ({ kind: "skip", outcome: "skip", text });
+  const { lastRefreshMs, expiresMs, refreshToken: token } = credential;
+  const ends = (verdict: Verdict): Decision => ({ verdict, credential });
+  const skip = (text: string) => ends({ kind: "skip", outcome: "skip", text });
   if (read.kind === "unreadable") return skip(`unreadable:${read.error}`);
-  if (read.kind !== "whole") return { kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" };
+  if (read.kind !== "whole") return ends({ kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" });
   const mode = document.auth_mode ?? "";
   if (typeof mode !== "string") return skip("unreadable:TypeError");
   // Logins from before auth_mode existed are ChatGPT's unless they hold an API key (AuthDotJson::resolved_mode in
@@ -287,7 +303,7 @@ function judgeLogin(
   if (exp === null && age === null) reasons.push("unparseable_metadata");
   if (force && reasons.length === 0) reasons.push("forced");
   if (reasons.length === 0) return skip(`fresh exp_in=${exp ?? "unknown"}s age=${age ?? "unknown"}s`);
-  return { kind: "refresh", reasons: reasons.join(","), token };
+  return ends({ kind: "refresh", reasons: reasons.join(","), token });
 }
 
 function ageSeconds(ms: number | null, nowMs: number): number | null {
@@ -296,11 +312,11 @@ function ageSeconds(ms: number | null, nowMs: number): number | null {
 
 function credentialOf(document: JsonObject, nowMs: number): Credential {
   const tokens = tokensOf(document);
-  for (const value of Object.values(tokens)) new Secret(value); // known to the log from here on
   const text = typeof document.last_refresh === "string" ? document.last_refresh : "";
   const refreshed = parseTimestamp(text);
   return {
-    lastRefresh: text.length <= 40 && !Secret.leaks(text) ? text : "",
+    // To the letter, as long as nothing but a time can hide in it.
+    lastRefresh: refreshed !== null || text.length <= 40 && !Secret.leaks(text) ? text : "",
     lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
     expiresMs: expiryOf(tokens.access_token ?? ""),
     refreshToken: tokens.refresh_token === undefined ? null : new Secret(tokens.refresh_token),
@@ -408,44 +424,72 @@ const TRY_MS = 30 * SECOND;
 const ALL_TRIES_MS = 60 * SECOND;
 const MAX_ANSWER_BYTES = 1 << 20;
 
-/** Further root certificates, PEM. Throws where they cannot be read, since then no server could be trusted. */
-export function readRoots({ caFile }: Pick<Settings, "caFile">): string | null {
-  if (caFile === null) return null;
-  const pem = readText(caFile.path);
-  if (pem?.includes("-----BEGIN")) return pem;
-  throw new CannotStart(
-    `${caFile.name}=${caFile.path}: ${pem === null ? "cannot be read" : "holds no PEM certificate"}`,
-  );
+/**
+ * Further root certificates, PEM, one each. Throws a {@link CannotStart} where they cannot be read, since then no server
+ * could be trusted. Beside them the file may hold anything, and OpenSSL's TRUSTED form is taken too, without the trust
+ * settings that follow the certificate in it (custom_ca.rs of the Codex CLI).
+ */
+export function readRoots({ caFile }: Pick<Settings, "caFile">): string[] {
+  if (caFile === null) return [];
+  const { X509Certificate } = builtin("node:crypto");
+  const fail = (why: string) => new CannotStart(`${caFile.name}=${caFile.path}: ${why}`);
+  const blocks = readText(caFile.path)?.matchAll(/-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----([^-]*)-----END /g);
+  const roots = [...blocks ?? []].map(([, base64 = ""]) => {
+    const bytes = Buffer.from(base64, "base64");
+    const long = Math.max(0, (bytes[1] ?? 0) - 0x80); // DER: how many bytes the length takes, where it is no short one
+    const length = 2 + long + (long === 0 ? bytes[1] ?? 0 : Number(`0x${bytes.subarray(2, 2 + long).toString("hex")}`));
+    try {
+      return new X509Certificate(bytes.subarray(0, length)).toString();
+    } catch {
+      throw fail("holds a certificate that cannot be read");
+    }
+  });
+  if (roots.length === 0) throw fail(blocks === undefined ? "cannot be read" : "holds no PEM certificate");
+  return roots;
 }
 
 /**
  * What fetch takes beyond the standard's options; each engine ignores the other's. TLS is verified whatever the
  * environment says, and no connection is used twice: an engine may silently repeat a request on one that turns out dead.
  */
-function engineOptions(roots: string | null): { options: object; close(): void } {
+function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { options: object; close(): void } {
   if (typeof Deno !== "undefined") {
-    const caCerts = roots === null ? [] : [roots];
-    const client = Deno.createHttpClient({ caCerts, poolMaxIdlePerHost: 0, http2: false });
-    return { options: { client }, close: () => client.close() };
+    const [username = "", password = ""] = [proxy?.username, proxy?.password].map((part) =>
+      decodeURIComponent(part ?? "")
+    );
+    const basicAuth = username + password === "" ? {} : { basicAuth: { username, password } };
+    const through = proxy === null ? {} : { proxy: { url: proxy.origin, ...basicAuth } };
+    try {
+      const client = Deno.createHttpClient({ caCerts: roots, poolMaxIdlePerHost: 0, http2: false, ...through });
+      return { options: { client }, close: () => client.close() };
+    } catch (error) {
+      throw new CannotStart(`no TLS client could be set up: ${(error as Error).message}`);
+    }
   }
-  // Bun takes `ca` instead of its own roots, not beside them.
-  const ca = roots === null ? {} : { ca: [...builtin("node:tls").rootCertificates, roots] };
-  return { options: { keepalive: false, tls: { rejectUnauthorized: true, ...ca } }, close() {} };
+  // Bun takes `ca` instead of its own roots, not beside them. Verbose, which a variable can ask for, shows the token.
+  const ca = roots.length === 0 ? {} : { ca: [...builtin("node:tls").rootCertificates, ...roots] };
+  const through = proxy === null ? {} : { proxy: proxy.href };
+  return {
+    options: { keepalive: false, verbose: false, tls: { rejectUnauthorized: true, ...ca }, ...through },
+    close() {},
+  };
 }
 
 /**
  * Redeems a refresh token: 30 s a try, 60 s for all. Where a connection broke or timed out after the request may have
  * gone out, the same token is sent again after about 1 s and 4 s: its answer is lost, but servers commonly accept a
- * repeat for a short while. `stop` ends that: the try in hand is finished, no further one is started.
+ * repeat for a short while. `stop` ends that: the try in hand is finished, no further one is started. So does `still`,
+ * where auth.json holds another token by now. Throws a {@link CannotStart} before anything is sent.
  */
 export async function post(
   token: Secret,
-  { url }: Pick<Settings, "url">,
-  roots: string | null,
+  { url, proxy }: Pick<Settings, "url" | "proxy">,
+  roots: string[],
   stop: AbortSignal,
+  still: () => boolean,
   log: Log,
 ): Promise<Answer> {
-  const { options, close } = engineOptions(roots);
+  const { options, close } = engineOptions({ proxy }, roots);
   const deadline = uptime() + ALL_TRIES_MS;
   const once = () => postOnce(token, url, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
@@ -456,7 +500,7 @@ export async function post(
       const why = "the token may be spent, and some servers accept a repeat";
       log("warning", "answer_lost", `refresh: ${answer.detail}; sending it again in ${pause / SECOND} s: ${why}`);
       await sleep(pause, stop);
-      if (stop.aborted) return answer;
+      if (stop.aborted || !still()) return answer;
     }
     return await once();
   } finally {
@@ -466,11 +510,17 @@ export async function post(
 
 async function postOnce(token: Secret, url: URL, options: object, milliseconds: number): Promise<Answer> {
   let response: Response | null = null;
+  let body = "";
+  const judged = ({ status, headers }: Response): Answer => {
+    new Secret(token.open()); // an error code that repeats it is not repeated
+    return judge(status, body, headers.get("retry-after"), Date.now());
+  };
   // Counted in steps: a process that was frozen meanwhile first reads the answer that waits for it.
   const timeout = new AbortController();
-  let left = milliseconds;
+  let [left, ticked] = [milliseconds, uptime()];
   const timer = setInterval(() => {
-    left -= 500;
+    left -= Math.min(1000, uptime() - ticked);
+    ticked = uptime();
     if (left <= 0) timeout.abort(new DOMException("no answer in time", "TimeoutError"));
   }, 500);
   try {
@@ -486,11 +536,12 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
       signal: timeout.signal,
       ...options,
     });
-    const body = await readBody(response);
-    return judge(response.status, body, response.headers.get("retry-after"), Date.now());
+    for await (const text of readBody(response)) body += text;
+    return judged(response);
   } catch (error) {
-    // A refusal whose body got lost is still a refusal.
-    if (response?.ok === false) return judge(response.status, "", response.headers.get("retry-after"), Date.now());
+    // A refusal whose body got lost is still a refusal, and tokens that came whole are granted, whatever broke behind them.
+    const answer = response === null ? null : judged(response);
+    if (answer?.kind === "granted" || answer !== null && response?.ok === false) return answer;
     const { detail, sent } = describeFailure(error);
     return { kind: "transient", status: 0, detail, retryAfterMs: null, lost: sent || response !== null };
   } finally {
@@ -498,20 +549,20 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
   }
 }
 
-async function readBody({ body }: Response): Promise<string> {
+/** The text of an answer as it comes, up to the limit. */
+async function* readBody({ body }: Response): AsyncGenerator<string> {
   const decoder = new TextDecoder();
-  let text = "";
   let left = MAX_ANSWER_BYTES;
   for (const reader = body?.getReader(); reader !== undefined;) {
     const { done, value } = await reader.read();
     if (done) break;
-    text += decoder.decode(value.subarray(0, left), { stream: true });
+    yield decoder.decode(value.subarray(0, left), { stream: true });
     left -= value.length;
     if (left > 0) continue;
     await reader.cancel().catch(() => {});
     break;
   }
-  return text + decoder.decode();
+  yield decoder.decode();
 }
 
 /** What an answer means. `retryAfter` is the header's value, `nowMs` the clock for its date form. */
@@ -559,7 +610,7 @@ function isUsable(name: TokenName, value: unknown): boolean {
 export function parseRetryAfter(value: string | null, nowMs: number): number | null {
   if (value === null) return null;
   if (/^\d+$/.test(value)) return Number(value) * SECOND;
-  const date = Date.parse(value);
+  const date = /[a-z]/i.test(value) ? Date.parse(/GMT$/.test(value) ? value : `${value} GMT`) : NaN; // asctime has no zone
   return Number.isNaN(date) ? null : Math.max(0, date - nowMs);
 }
 
@@ -612,7 +663,10 @@ function readOpen(fd: number): Read {
     // The Codex CLI takes neither invalid UTF-8 nor a byte order mark.
     const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
     const document = parseExact(text);
-    if (isObject(document)) return { kind: "whole", text, document };
+    if (isObject(document)) {
+      for (const value of Object.values(tokensOf(document))) new Secret(value); // known to the log from here on
+      return { kind: "whole", text, document };
+    }
     return { kind: "unreadable", error: "TypeError", torn: true };
   } catch (error) {
     return { kind: "unreadable", error: errorName(error), torn: true };
@@ -637,11 +691,16 @@ function readBytes(fd: number): Uint8Array {
  * Reads a file until it is whole, for half a second at most: the Codex CLI truncates auth.json and then writes it, and a
  * look in between finds it empty or cut off.
  */
-export async function readSettled(path: string): Promise<Read> {
-  let read = readAuth(path);
-  for (let again = 0; again < 5 && isTorn(read); again++) {
+async function readSettled(path: string): Promise<Read> {
+  return await settle(() => readAuth(path), 5);
+}
+
+/** Looks again, every tenth of a second, at what is empty or cut off. */
+async function settle(look: () => Read, times: number): Promise<Read> {
+  let read = look();
+  for (; times > 0 && isTorn(read); times--) {
     await sleep(100);
-    read = readAuth(path);
+    read = look();
   }
   return read;
 }
@@ -704,6 +763,8 @@ type Engine = new (path: string, options: { timeout: number }) => Database;
 /** A home's turn. It takes one of few places, which it may give back early. */
 interface Lock {
   giveWay(): void;
+  /** Whether the path still names the file that we locked. */
+  holds(): boolean;
   release(): void;
 }
 
@@ -726,20 +787,23 @@ async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Loc
       if (held) leave();
       held = false;
     };
-    let database: Database | null = null;
+    let locked: Pick<Lock, "holds" | "release"> | null = null;
     try {
-      database = tryLock(DatabaseSync, `${path}.lock`, owner);
+      locked = tryLock(DatabaseSync, `${path}.lock`, owner);
     } finally {
-      if (database === null) giveWay();
+      if (locked === null) giveWay();
     }
-    if (database !== null) return { giveWay, release: () => (giveWay(), database.close()) };
+    if (locked !== null) {
+      const { holds, release } = locked;
+      return { giveWay, holds, release: () => (giveWay(), release()) };
+    }
     if (uptime() >= deadline) return null;
     await sleep(50 + 200 * Math.random(), stop);
   }
   return null;
 }
 
-function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]): Database | null {
+function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]) {
   try {
     fs.closeSync(createPrivate(path, owner));
   } catch (error) {
@@ -749,15 +813,19 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]): Da
   }
   const before = fs.lstatSync(path);
   if (!before.isFile()) throw new CannotStart(`${path} is not a file`);
-  if (owner !== null && before.uid !== owner.uid) fs.lchownSync(path, owner.uid, owner.gid);
+  if (owner !== null && before.uid !== owner.uid && before.nlink === 1) fs.lchownSync(path, owner.uid, owner.gid);
   let database: Database | null = null;
   try {
-    database = new DatabaseSync(path, { timeout: 0 });
-    database.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
-    database.exec("BEGIN EXCLUSIVE");
+    const held = database = new DatabaseSync(path, { timeout: 0 });
+    held.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
+    held.exec("BEGIN EXCLUSIVE");
+    held.exec("CREATE TABLE held (x)"); // fails where SQLite could open the file for reading only: then the lock is shared
     // A file that was replaced meanwhile is one that nobody else will find.
-    const after = fs.lstatSync(path, { throwIfNoEntry: false });
-    if (after?.ino === before.ino && after.dev === before.dev) return database;
+    const holds = () => {
+      const after = fs.lstatSync(path, { throwIfNoEntry: false });
+      return after?.ino === before.ino && after.dev === before.dev;
+    };
+    if (holds()) return { holds, release: () => held.close() };
   } catch (error) {
     const why = error instanceof Error ? error.message : "";
     if (!why.includes("database is locked")) {
@@ -780,30 +848,37 @@ interface Temporary {
   content: string | null;
 }
 
-/** The temporary files of ours beside an auth.json, the latest first. Throws what the disk throws. */
-export function findTemporaries(path: string): { path: string; fingerprint: string }[] {
+/**
+ * The temporary files of ours beside an auth.json, the latest first. `back` is another login that {@link lookBack} was
+ * about to put back. Throws what the disk throws.
+ */
+export function findTemporaries(path: string): { path: string; fingerprint: string; back: boolean }[] {
   const start = `.${basename(path)}.`;
   const names = fs.existsSync(dirname(path)) ? fs.readdirSync(dirname(path)) : [];
   return names.filter((name) => name.startsWith(start)).sort().reverse().flatMap((name) => {
-    const fingerprint = /^([0-9a-f]{16})\.\d\.tmp$/.exec(name.slice(start.length))?.[1];
-    return fingerprint === undefined ? [] : [{ path: join(dirname(path), name), fingerprint }];
+    const [, fingerprint, number] = /^([0-9a-f]{16})\.(\d|back)\.tmp$/.exec(name.slice(start.length)) ?? [];
+    return fingerprint ? [{ path: join(dirname(path), name), fingerprint, back: number === "back" }] : [];
   });
 }
 
-function createTemporary({ path, owner }: Target, fingerprint: string): Temporary {
+function createTemporary({ path, owner }: Target, fingerprint: string, back = false): Temporary {
   for (let number = 0;; number++) {
-    const candidate = join(dirname(path), `.${basename(path)}.${fingerprint}.${number}.tmp`);
+    const candidate = join(dirname(path), `.${basename(path)}.${fingerprint}.${back ? "back" : number}.tmp`);
     try {
       return { path: candidate, fd: createPrivate(candidate, owner), content: null };
     } catch (error) {
-      if (errorName(error) !== "EEXIST" || number === 9) throw error;
+      if (errorName(error) !== "EEXIST" || back || number === 9) throw error;
     }
   }
 }
 
 /** Whether all of it is known to be on the disk, under its own name. */
 function isIntact({ path, fd, content }: Temporary): boolean {
-  if (fd < 0 || content === null) return false;
+  return fd >= 0 && content !== null && isNamed(path, fd);
+}
+
+/** Whether a path names the file that is open. */
+function isNamed(path: string, fd: number): boolean {
   try {
     const [there, ours] = [fs.lstatSync(path), fs.fstatSync(fd)];
     return there.ino === ours.ino && there.dev === ours.dev;
@@ -867,27 +942,34 @@ async function prove(target: Target, fingerprint: string, size: number, inPlace:
   const { path } = target;
   let temporary: Temporary | null = null;
   try {
-    const { uid, nlink, dev } = fs.statSync(path);
+    const { uid } = fs.statSync(path);
     const user = process.getuid?.() ?? 0;
     const instead = "Mount the directory instead of the file";
-    const why = user !== 0 && uid !== user
-      ? `belongs to user ${uid}, this is user ${user}, and what we write the Codex CLI could not read. Run as its owner`
-      : nlink === 0
-      ? `was replaced outside of this mount and has lost its name. ${instead}`
-      : inPlace || isReplaceable(path, { nlink, dev })
-      ? null
-      : nlink > 1
-      ? "has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1"
-      : `is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`;
-    if (why !== null) throw new CannotStart(`${path} ${why}`);
-    // Opening for writing, without truncating, shows what is read-only or immutable.
+    const refuse = (why: string | null) => {
+      if (why !== null) throw new CannotStart(`${path} ${why}`);
+    };
+    const foreign = `belongs to user ${uid}, this is user ${user}, and what we write the Codex CLI could not read`;
+    refuse(user !== 0 && uid !== user ? `${foreign}. Run as its owner` : null);
+    // Opening for writing, without truncating, shows what is read-only or immutable, and brings a file of an image's lower
+    // layer up, so that its device is its directory's.
     fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
+    const { nlink, dev } = fs.statSync(path);
+    refuse(
+      nlink === 0
+        ? `was replaced outside of this mount and has lost its name. ${instead}`
+        : inPlace || isReplaceable(path, { nlink, dev })
+        ? null
+        : nlink > 1
+        ? "has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1"
+        : `is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`,
+    );
+    refuse(size > MAX_FILE_BYTES ? `is too large: with the answer it would have ${size} bytes` : null);
     // In an append-only directory files can be made, but neither removed nor renamed.
     const probe = createTemporary(target, fingerprint);
     closeTemporary(probe);
     fs.unlinkSync(probe.path);
     temporary = createTemporary(target, fingerprint);
-    writeAll(temporary.fd, "\n".repeat(size + ROOM_BYTES));
+    writeAll(temporary.fd, "\n".repeat(size));
     await fsync(temporary.fd);
     await syncDirectory(path);
     return temporary;
@@ -909,6 +991,7 @@ const DISK_ERRORS: Readonly<Record<string, string>> = {
   EACCES: "no permission to write",
   EPERM: "not permitted, the file or its directory may be immutable",
   EIO: "the disk reports an I/O error",
+  ESTALE: "it was replaced outside of its mount; mount the directory instead of the file",
 };
 
 function describeDisk(error: unknown): string {
@@ -924,10 +1007,12 @@ interface Job {
   readonly fingerprint: string;
   readonly grant: Grant;
   readonly inPlace: boolean;
+  /** The temporary file of an earlier run that is finished here: it stays until the end. */
+  readonly journal?: string;
   /** The moment to give up at, in milliseconds of uptime; asked anew after each failure. */
   readonly giveUpAt: () => number;
-  /** Called when the storing fails: a disk that is broken for long must not keep other homes waiting. */
-  readonly giveWay: () => void;
+  /** Called when the storing fails, each time: a disk may be broken for long. */
+  readonly onFailure: (error: unknown) => void;
 }
 
 type Stored =
@@ -964,7 +1049,7 @@ async function store(job: Job, document: JsonObject, room: Temporary | null): Pr
         closeTemporary(temporary);
         temporary = null;
       }
-      job.giveWay();
+      job.onFailure(error);
       if (uptime() >= job.giveUpAt()) {
         if (temporary !== null) closeTemporary(temporary);
         return { kind: "failed", error: describeDisk(error), keptIn: whereKept(job) };
@@ -1004,7 +1089,7 @@ async function stage(job: Job, given: Temporary | null, content: string, beside?
     return temporary;
   } catch (error) {
     closeTemporary(temporary);
-    if (written) removeTemporaries(job, temporary.path, beside);
+    if (written) removeTemporaries(job, temporary.path, beside ?? job.journal);
     else removeQuietly(temporary.path);
     throw error;
   }
@@ -1027,35 +1112,50 @@ function removeTemporaries({ target, fingerprint }: Job, ...but: (string | undef
 async function publish(job: Job, temporary: Temporary): Promise<Stored> {
   const { target: { path }, fingerprint, grant } = job;
   let busy = false;
+  let patience = 9; // half a second each
   for (;;) {
     const seen = await readSettled(path);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
     if (seen.kind === "absent" || seen.kind === "whole" && tokenIn(seen) !== fingerprint) {
-      // Somebody logged in, out or refreshed; or an earlier round got as far as the rename.
+      // Somebody logged in, out or refreshed; or an earlier round got as far as the rename, or as a rewrite in place that
+      // could not be fsynced: that is written again.
       const ours = tokenIn(seen) !== null && tokenIn(seen) === grant.tokens.refresh_token?.fingerprint();
       if (!ours) return SUPERSEDED;
-      await syncPath(path);
-      await syncDirectory(path);
-      return STORED;
+      if (!isIntact(temporary)) {
+        await syncPath(path);
+        await syncDirectory(path);
+        return STORED;
+      }
     }
     if (seen.kind === "whole" && render(seen.document, grant) !== temporary.content) {
       // Other fields changed. A second file renamed over the first: one whole document is there at every moment.
       const second = await stage(job, null, render(seen.document, grant), temporary.path);
-      fs.renameSync(second.path, temporary.path);
+      try {
+        fs.renameSync(second.path, temporary.path);
+      } catch (error) {
+        discard(second);
+        throw error;
+      }
       closeTemporary(temporary);
       [temporary.fd, temporary.content] = [second.fd, second.content];
       continue;
     }
     const old = fs.openSync(path, fs.constants.O_RDONLY);
     try {
-      // From this look to the rename nothing waits, so that no other writer fits in between but one that has the file
-      // open already.
+      // From this look to the rename nothing waits.
       if (!isSame(readOpen(old), seen)) continue;
       if (!isIntact(temporary)) throw new DiskError("ENOENT");
-      if (busy || job.inPlace && !isReplaceable(path, fs.fstatSync(old))) {
+      const stat = fs.fstatSync(old);
+      if (stat.nlink === 0 && isNamed(path, old)) throw new DiskError("ESTALE");
+      if (busy || job.inPlace && !isReplaceable(path, stat)) {
+        // A writer that is only slow would write into the middle of ours.
+        if (isTorn(seen) && patience-- > 0) continue;
         await rewriteInPlace(path, temporary.content ?? "");
-        return STORED;
+        const now = await readSettled(path);
+        if (now.kind === "whole" && now.text === temporary.content) return STORED;
+        continue;
       }
+      if (!isNamed(path, old)) continue;
       try {
         fs.renameSync(temporary.path, path);
       } catch (error) {
@@ -1092,29 +1192,25 @@ async function rewriteInPlace(path: string, content: string): Promise<void> {
  * through `old`: another login is put back, byte for byte; changes beside the spent token are carried over.
  */
 async function lookBack(job: Job, old: number, seen: Read, ours: string): Promise<Stored> {
-  let late = readOpen(old);
-  if (isSame(late, seen)) return STORED;
-  for (let again = 0; again < 50 && isTorn(late); again++) {
-    await sleep(100);
-    late = readOpen(old);
-  }
+  if (seen.kind === "whole" && isSame(readOpen(old), seen)) return STORED;
+  const late = await settle(() => readOpen(old), 50);
   if (late.kind !== "whole") return STORED;
   const other = tokenIn(late) !== job.fingerprint;
   const wanted = other ? late.text : render(late.document, job.grant);
   const { path } = job.target;
-  // Grown from what auth.json holds now, so that the next start finishes this too.
-  const again = { ...job, fingerprint: job.grant.tokens.refresh_token?.fingerprint() ?? job.fingerprint };
+  // Named after what auth.json holds now, so that the next start finishes this too.
+  const now = job.grant.tokens.refresh_token?.fingerprint() ?? job.fingerprint;
   await insist(job, async () => {
-    const temporary = await stage(again, null, wanted);
+    const temporary = await stage(job, createTemporary(job.target, now, true), wanted);
     try {
-      const now = readAuth(path);
-      if (now.kind === "whole" && now.text === ours) fs.renameSync(temporary.path, path);
+      await syncDirectory(path);
+      const there = readAuth(path);
+      if (there.kind === "whole" && there.text === ours) fs.renameSync(temporary.path, path);
     } finally {
       discard(temporary);
     }
     await syncDirectory(path);
   });
-  removeTemporaries(again);
   return other ? SUPERSEDED : STORED;
 }
 
@@ -1130,13 +1226,12 @@ async function insist(job: Job, step: () => Promise<void>): Promise<void> {
   }
 }
 
-/** A temporary file of ours, and not what somebody else has put in its place to have it copied into auth.json. */
-function readJournal(path: string, { owner }: Target): Read {
+/** What a temporary file holds; null where it is not ours, and somebody else may want it copied into auth.json. */
+function readJournal(path: string, { owner }: Target): Read | null {
   const stat = fs.lstatSync(path);
-  const uid = owner?.uid ?? process.getuid?.() ?? stat.uid;
-  return stat.isFile() && stat.nlink === 1 && stat.uid === uid
-    ? readAuth(path, fs.constants.O_NOFOLLOW)
-    : { kind: "absent" };
+  if (!stat.isFile()) return { kind: "absent" };
+  const user = process.getuid?.() ?? stat.uid;
+  return [user, owner?.uid].includes(stat.uid) ? readAuth(path, fs.constants.O_NOFOLLOW) : null;
 }
 
 /**
@@ -1144,23 +1239,61 @@ function readJournal(path: string, { owner }: Target): Read {
  * the token that it grew from, or is empty or torn, the answer goes in; where auth.json has moved on, is gone, or the
  * file does not parse, the file is removed. null where there was nothing to finish.
  */
-async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt" | "giveWay">) {
-  for (const { path, fingerprint } of findTemporaries(target.path)) {
+async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt" | "onFailure">) {
+  for (const { path, fingerprint, back } of findTemporaries(target.path)) {
     const journal = readJournal(path, target);
-    if (journal.kind === "unreadable" && !journal.torn) throw new DiskError(journal.error);
+    if (journal?.kind === "unreadable" && !journal.torn) throw new DiskError(journal.error);
     const seen = await readSettled(target.path);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
-    if (journal.kind === "whole" && (isTorn(seen) || tokenIn(seen) === fingerprint)) {
+    const wanted = isTorn(seen) || tokenIn(seen) === fingerprint;
+    if (journal === null && wanted) throw new CannotStart(`${path} may hold the newest login, but is somebody else's`);
+    if (journal?.kind === "whole" && wanted && !isOutdated(journal, seen)) {
       const pairs = Object.entries(tokensOf(journal.document)).map(([name, value]) => [name, new Secret(value)]);
       const grant = { tokens: Object.fromEntries(pairs), lastRefresh: String(journal.document.last_refresh ?? "") };
-      const document = seen.kind === "whole" ? seen.document : journal.document;
-      return await store({ ...rest, target, fingerprint, grant }, document, null);
+      const job = { ...rest, target, fingerprint, grant, journal: path };
+      const temporary = await adopt(path, journal.text.trimEnd());
+      if (back && temporary !== null) {
+        fs.renameSync(path, target.path);
+        closeTemporary(temporary);
+        await syncDirectory(target.path);
+        return tokenIn(journal) === fingerprint ? STORED : SUPERSEDED;
+      }
+      if (back) throw new DiskError("EIO");
+      if (temporary !== null) removeTemporaries(job, path); // what was not finished beside it
+      return await store(job, seen.kind === "whole" ? seen.document : journal.document, temporary);
     }
     // A rewrite in place may have ended before its fsync: no journal goes before auth.json is on the disk.
-    if (tokenIn(journal) !== null && tokenIn(journal) === tokenIn(seen)) await syncPath(target.path);
+    if (journal !== null && tokenIn(journal) !== null && tokenIn(journal) === tokenIn(seen)) {
+      await syncPath(target.path);
+    }
     removeQuietly(path);
   }
   return null;
+}
+
+/** Whether auth.json was refreshed later than its journal says, by an endpoint that leaves the refresh token as it is. */
+function isOutdated(journal: Read, seen: Read): boolean {
+  if (journal.kind !== "whole" || seen.kind !== "whole" || tokenIn(journal) !== tokenIn(seen)) return false;
+  const [one, other] = [journal, seen].map(({ document }) => parseTimestamp(String(document.last_refresh)) ?? 0);
+  return (one ?? 0) < (other ?? 0);
+}
+
+/**
+ * Takes up a temporary file that an earlier run left: what is left of the room is cut off, the rest put onto the disk.
+ * null where that fails; then it is written anew, beside it.
+ */
+async function adopt(path: string, content: string): Promise<Temporary | null> {
+  let fd = -1;
+  try {
+    fd = fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW);
+    fs.ftruncateSync(fd, Buffer.byteLength(content));
+    await fsync(fd);
+    await syncDirectory(path);
+    return { path, fd, content };
+  } catch {
+    closeQuietly(fd);
+    return null;
+  }
 }
 
 class DiskError extends Error {
@@ -1264,8 +1397,11 @@ export function readStatus(path: string): Status {
   const read = readAuth(path);
   const fields = read.kind === "whole" ? JSON.parse(read.text) as JsonObject : {};
   const fits = ([name, preset]: [string, unknown]) =>
-    typeof preset === "number" ? Number.isSafeInteger(fields[name]) : typeof fields[name] === "string";
-  const known = Object.entries(NO_STATUS).filter(fits).map(([name]) => [name, fields[name]]);
+    typeof preset === "number"
+      ? Number.isSafeInteger(fields[name]) && Number(fields[name]) >= preset
+      : typeof fields[name] === "string";
+  const value = (field: unknown) => typeof field === "string" ? oneLine(field) : field;
+  const known = Object.entries(NO_STATUS).filter(fits).map(([name]) => [name, value(fields[name])]);
   return { ...NO_STATUS, ...Object.fromEntries(known) };
 }
 
@@ -1316,6 +1452,8 @@ export interface View extends Status {
   readonly warnings: readonly string[];
   readonly plan: string | null;
   readonly account_id: string | null;
+  /** Only with `--verbose`. */
+  readonly email?: string;
   readonly access_token_remaining_seconds: number | null;
   readonly access_token_lifetime_seconds: number | null;
 }
@@ -1352,6 +1490,11 @@ export function view(home: string, read: Read, status: Status, store: string, no
   };
 }
 
+/** What an operator types to log in again, fit for a shell. */
+function loginCommand(home: string): string {
+  return `CODEX_HOME=${/[^\w@%+=:,./-]/.test(home) ? `'${home.replaceAll("'", "'\\''")}'` : home} codex login`;
+}
+
 /** The state of a home, why, and what to do; `text` is that of the verdict. */
 function diagnose(
   home: string,
@@ -1365,21 +1508,27 @@ function diagnose(
   const lastRun = parseTimestamp(status.watchdog_last_run_iso);
   const nextRun = parseTimestamp(status.next_run_iso ?? "");
   const ran = lastRun === null ? "has never run here" : `last ran ${humanize(nowMs - lastRun)} ago`;
-  const down = lastRun === null || nowMs - lastRun > 2 * intervalSeconds * SECOND;
+  const planned = nextRun !== null && nextRun > nowMs;
+  const down = !planned && (lastRun === null || nowMs - lastRun > 2 * intervalSeconds * SECOND);
   const start = down ? `start the watchdog, it ${ran}` : null;
-  const login = `log in again: CODEX_HOME=${home} codex login`;
+  const login = `log in again: ${loginCommand(home)}`;
 
+  if (text === "no_auth_json") return { state: "inert", reason: "no login yet", advice: null };
+  if (!/^(fresh|due|unreadable)/.test(text)) {
+    return { state: "inert", reason: `nothing to refresh (${text})`, advice: null };
+  }
   if (nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun) {
     return unhealthy(`the watchdog ${ran} and is overdue`, "start the watchdog, it is down or stuck");
   }
   if (text.startsWith("unreadable")) {
     return unhealthy(`auth.json is ${text}`, text.endsWith("EACCES") ? "make it readable for this user" : login);
   }
-  if (text === "no_auth_json") return { state: "inert", reason: "no login yet", advice: null };
-  if (!/^(fresh|due)/.test(text)) return { state: "inert", reason: `nothing to refresh (${text})`, advice: null };
   // A login that is newer than the failure has nothing to do with it.
-  const newer = rejected === null ? (lastRefreshMs ?? 0) > (lastRun ?? 0) : rejected !== refreshToken?.fingerprint();
-  if (outcome.startsWith("fail:permanent_") && !newer) return unhealthy(`${outcome} (${detail ?? "no code"})`, login);
+  const dead = rejected !== null && rejected === refreshToken?.fingerprint();
+  const newer = !dead && (lastRefreshMs ?? 0) > (lastRun ?? 0);
+  const permanent = outcome.startsWith("fail:permanent_") && !newer;
+  if (permanent) return unhealthy(`${outcome} (${detail ?? "no code"})`, login);
+  if (dead) return unhealthy("the endpoint has called the refresh token dead", login);
   if (expiresMs !== null && expiresMs <= nowMs) {
     return unhealthy(`the access token expired ${humanize(nowMs - expiresMs)} ago`, start ?? detail);
   }
@@ -1388,27 +1537,27 @@ function diagnose(
 }
 
 /** The views of all homes, the worst first. */
-function viewAll(homes: readonly Home[], settings: Settings): View[] {
-  const views = homes.map((home) =>
-    view(home.dir, readAuth(locate(home).path), readStatus(home.status), storeOf(home), Date.now(), settings)
-  );
+async function viewAll(homes: readonly Home[], settings: Settings, verbose = false): Promise<View[]> {
+  const views = await Promise.all(homes.map(async (home) => {
+    const read = await readSettled(locate(home).path);
+    const shown = view(oneLine(home.dir), read, readStatus(home.status), storeOf(home), Date.now(), settings);
+    const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
+    return verbose && typeof email === "string" && !Secret.leaks(email) ? { ...shown, email: oneLine(email) } : shown;
+  }));
   const rank = ({ state }: View) => ["unhealthy", "healthy", "inert"].indexOf(state);
   return views.sort((one, other) => rank(one) - rank(other));
 }
 
 /** Where config.toml keeps logins: its top-level `cli_auth_credentials_store`, "file" where it says nothing. */
 function storeOf(home: Home): string {
-  const top = readText(join(home.dir, "config.toml"))?.split(/^\s*\[/m)[0] ?? "";
-  return tame(/^\s*cli_auth_credentials_store\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
+  const top = readText(join(home.dir, "config.toml"))?.split(/^\s*\[[^[\],]*\]\s*(?:#.*)?$/m)[0] ?? "";
+  return tame(/^\s*["']?cli_auth_credentials_store["']?\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
 }
 
-/** The e-mail addresses of the logins, which only `--verbose` shows. */
-function emailsOf(homes: readonly Home[]): Map<string, string> {
-  return new Map(homes.flatMap((home) => {
-    const read = readAuth(locate(home).path);
-    const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
-    return typeof email === "string" ? [[home.dir, oneLine(Secret.redact(email))]] : [];
-  }));
+function warnOfStore(home: Home, log: Log): void {
+  const store = storeOf(home);
+  const text = `${home.dir}: config.toml keeps logins in "${store}", not in auth.json`;
+  if (store !== "file") log("warning", "credentials_store", text);
 }
 
 /** One line for probes. */
@@ -1419,8 +1568,8 @@ function showHealth(views: readonly View[]): string {
   return `${sick.length > 0 ? "unhealthy" : "healthy"}: ${count}${first?.home}: ${first?.reason}\n`;
 }
 
-/** For people, within 80 columns: one home in full, several as a table. `emails` are shown where given. */
-function showStatus(views: readonly View[], emails: ReadonlyMap<string, string>, colour: boolean): string {
+/** For people, within 80 columns: one home in full, several as a table. */
+function showStatus(views: readonly View[], colour: boolean): string {
   const paint = ({ state }: View, text: string) =>
     colour ? `\x1b[${{ unhealthy: 31, healthy: 32, inert: 33 }[state]}m${text}\x1b[0m` : text;
   const when = (iso: string | null, never = "never") => {
@@ -1433,9 +1582,10 @@ function showStatus(views: readonly View[], emails: ReadonlyMap<string, string>,
   };
   const left = ({ access_token_remaining_seconds: seconds }: View) =>
     seconds === null ? "unknown" : seconds > 0 ? `${humanize(seconds * SECOND)} left` : "expired";
+  const wrap = (text: string) => text.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ");
   const notes = ({ warnings, advice }: View) =>
     [...warnings.map((each) => `warning: ${each}`), ...(advice === null ? [] : [`to do: ${advice}`])]
-      .map((note) => `  ${note.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ")}\n`).join("");
+      .map((note) => `  ${wrap(note)}\n`).join("");
   const fit = (text: string, width: number) =>
     text.length < width ? text.padEnd(width) : `…${text.slice(text.length - width + 2)} `;
 
@@ -1451,10 +1601,10 @@ function showStatus(views: readonly View[], emails: ReadonlyMap<string, string>,
     const { access_token_lifetime_seconds: life, access_token_remaining_seconds: rest } = each;
     const share = life === null || rest === null || life <= 0 ? 0 : Math.min(1, Math.max(0, rest / life));
     const bar = "#".repeat(Math.round(20 * share)).padEnd(20, "-");
-    const who = [each.plan && `plan ${each.plan}`, each.account_id && `account ${each.account_id}`];
+    const who = [each.plan && `plan ${each.plan}`, each.account_id && `account ${each.account_id}`, each.email];
     const age = each.last_refresh_age_seconds;
     const lines = {
-      "login": [...who, emails.get(each.home)].filter((part) => part).join(", ") || "unknown",
+      "login": who.filter((part) => part).join(", ") || "unknown",
       "access token": `[${bar}] ${left(each)}`,
       "refresh token": age < 0 ? "of unknown age" : `${humanize(age * SECOND)} old`,
       "last run": `${when(each.watchdog_last_run_iso)} ${each.watchdog_last_outcome}`.trimEnd(),
@@ -1463,7 +1613,7 @@ function showStatus(views: readonly View[], emails: ReadonlyMap<string, string>,
       "next run": when(each.next_run_iso, "not planned"),
     };
     const table = Object.entries(lines).map(([name, text]) => `  ${name.padEnd(15)}${text}\n`).join("");
-    return `${paint(each, `${each.home}: ${each.state}, ${each.reason}`)}\n\n${table}${notes(each)}`;
+    return `${paint(each, wrap(`${each.home}: ${each.state}, ${each.reason}`))}\n\n${table}${notes(each)}`;
   }).join("");
 }
 
@@ -1529,9 +1679,9 @@ export interface Context {
 }
 
 /** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
-export function exitCode(outcome: Outcome): 0 | 1 | 2 | 3 {
+export function exitCode(outcome: Outcome | "unreadable"): 0 | 1 | 2 | 3 {
   if (outcome === "refreshed") return 0;
-  if (outcome === "superseded" || outcome.startsWith("skip")) return 1;
+  if (outcome === "superseded" || outcome.startsWith("skip") || outcome === "unreadable") return 1;
   return outcome.startsWith("fail:permanent_") ? 3 : 2;
 }
 
@@ -1560,19 +1710,22 @@ export async function attempt(
   const { outcome, detail, tried, rejected } = result;
   const now = Date.now();
   const before = readStatus(home.status);
+  // What is known to be dead is forgotten with the login that it was.
+  const remembered = before.rejected_refresh_token_sha256;
+  const gone = remembered !== null && remembered !== result.credential.refreshToken?.fingerprint();
   const [failed, done] = [tried && exitCode(outcome) >= 2, outcome === "refreshed"];
   writeStatus(home, {
     ...describeCredential(result.credential, now),
     watchdog_last_outcome: outcome,
     watchdog_last_run_iso: iso(now) ?? "",
     detail: detail === null ? null : oneLine(Secret.redact(detail)),
-    consecutive_failures: tried && !failed ? 0 : Math.max(0, before.consecutive_failures) + Number(failed),
+    consecutive_failures: tried && !failed ? 0 : before.consecutive_failures + Number(failed),
     runs_total: before.runs_total + 1,
     refreshes_total: before.refreshes_total + Number(done),
     failures_total: before.failures_total + Number(failed),
     ...(next === undefined ? {} : { next_run_iso: iso(next(result)) }),
     ...(done ? { last_success_iso: iso(now) } : {}),
-    ...(done || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
+    ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
   }, log);
   return result;
 }
@@ -1626,13 +1779,30 @@ async function attemptLocked(
   home: Home,
   target: Target,
   context: Context,
-  { giveWay }: Lock,
+  lock: Lock,
   expected: Secret | null,
 ): Promise<Result | null> {
   const { settings, log, force, stop, patience } = context;
   const { inPlace } = settings;
   const begun = uptime();
-  const rolled = await rollForward(target, { inPlace, giveWay, giveUpAt: () => patience(begun) });
+  const onFailure = (since: number) => {
+    let [told, logged] = [false, false];
+    return (error: unknown) => {
+      lock.giveWay(); // no other home waits for this disk
+      const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
+      const shown = {
+        watchdog_last_outcome: "fail:store",
+        watchdog_last_run_iso: iso(Date.now()) ?? "",
+        detail,
+      } as const;
+      if (!told) writeStatus(home, shown, log);
+      if (!logged && uptime() - since > MINUTE) {
+        log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
+      }
+      [told, logged] = [true, uptime() - since > MINUTE];
+    };
+  };
+  const rolled = await rollForward(target, { inPlace, onFailure: onFailure(begun), giveUpAt: () => patience(begun) });
   if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
 
   const seen = await readSettled(target.path);
@@ -1646,28 +1816,34 @@ async function attemptLocked(
   if (dead !== null || stop.aborted) return dead;
 
   const roots = readRoots(settings);
-  const room = await prove(target, fingerprint, Buffer.byteLength(seen.text), inPlace);
-  if (stop.aborted) {
+  const size = Buffer.byteLength(render(seen.document, { tokens: {}, lastRefresh: "" })) + ROOM_BYTES;
+  const room = await prove(target, fingerprint, size, inPlace);
+  // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
+  const isOurs = (now: Read) => lock.holds() && tokenIn(now) === fingerprint;
+  const ours = isOurs(await readSettled(target.path));
+  if (stop.aborted || !ours) {
     discard(room);
-    return null;
+    if (!lock.holds()) throw new CannotStart(`${target.path}.lock was removed or replaced while it was held`);
+    return stop.aborted ? null : superseded(target, log);
   }
   const endpoint = settings.url.origin + settings.url.pathname;
   log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
-  const answer = await post(verdict.token, settings, roots, stop, log).catch((error: unknown) => {
+  const still = () => isOurs(readAuth(target.path));
+  const answer = await post(verdict.token, settings, roots, stop, still, log).catch((error: unknown) => {
     discard(room);
     throw error;
   });
   if (answer.kind === "granted") {
     const { grant, status, unusable } = answer;
     const since = uptime();
-    const job = { target, fingerprint, grant, inPlace, giveWay, giveUpAt: () => patience(since) };
+    const job = { target, fingerprint, grant, inPlace, onFailure: onFailure(since), giveUpAt: () => patience(since) };
     const stored = await store(job, seen.document, room);
     const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
     const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
     return reportStored(stored, null, how, target, log);
   }
   discard(room);
-  giveWay();
+  lock.giveWay();
   return await reportRefused(home, answer, target, fingerprint, log);
 }
 
@@ -1745,7 +1921,7 @@ async function reportRefused(
 
 function reportPermanent(home: Home, outcome: Outcome, code: string, why: string, log: Log): void {
   const http = outcome.slice("fail:permanent_".length);
-  const remedy = `An operator must log in again: CODEX_HOME=${home.dir} codex login`;
+  const remedy = `An operator must log in again: ${loginCommand(home.dir)}`;
   log("error", "permanent", `refresh: PERMANENT FAILURE (http=${http} code=${code}) — ${why}. ${remedy}`);
 }
 
@@ -1756,8 +1932,11 @@ function reportPermanent(home: Home, outcome: Outcome, code: string, why: string
 
 /** What the scheduler goes by. */
 export interface Known {
-  /** The last outcome; "start" before the first, "changed" when somebody else wrote auth.json. */
-  readonly outcome: Outcome | "start" | "changed";
+  /**
+   * The last outcome; "start" before the first, "changed" when somebody else wrote auth.json, "unreadable" where the disk
+   * did not let us read it.
+   */
+  readonly outcome: Outcome | "start" | "changed" | "unreadable";
   /** Whether a refresh is due by the rule of {@link decide}; matters where somebody else has written auth.json. */
   readonly due: boolean;
   readonly credential: Pick<Credential, "expiresMs" | "lastRefreshMs">;
@@ -1783,9 +1962,10 @@ export function schedule(
 ): { at: number; why: string } {
   const interval = settings.intervalSeconds * SECOND;
   const alive = expiresMs !== null && expiresMs > nowMs;
-  const beforeExpiry = (at: number) => alive ? Math.min(at, expiresMs) : at;
+  // Never past the expiry, nor past the middle of the margin before it.
+  const latest = alive ? expiresMs - settings.marginSeconds * SECOND / 2 : Infinity;
   const planned = (at: number, why: string) => ({
-    at: Math.max(at, beforeExpiry(at + 0.1 * random * (at - nowMs))),
+    at: Math.max(at, Math.min(latest, at + 0.1 * random * (at - nowMs))),
     why,
   });
 
@@ -1793,11 +1973,12 @@ export function schedule(
     if (!due || !alive) return { at: nowMs, why: outcome };
     // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
     const half = outcome !== "start" && lastRefreshMs !== null ? (lastRefreshMs + expiresMs) / 2 : nowMs;
+    if (half > nowMs + interval) return planned(nowMs + interval, "interval");
     if (half > nowMs) return { at: half, why: "half of the token's life" };
-    return { at: beforeExpiry(nowMs + random * Math.min(MINUTE, interval)), why: "spread" };
+    return { at: Math.min(expiresMs, nowMs + random * Math.min(MINUTE, interval)), why: "spread" };
   }
   if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
-  if (outcome.startsWith("fail:")) {
+  if (outcome === "unreadable" || outcome.startsWith("fail:")) {
     const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** Math.min(failures - 1, 60));
     const asked = Math.min(interval, retryAfterMs ?? 0);
     const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
@@ -1841,6 +2022,8 @@ interface Watch {
   identity: string;
   failures: number;
   rejected: string | null;
+  /** The fingerprint of the refresh token that the endpoint has not accepted: another look at it changes no plan. */
+  refused: string | null;
 }
 
 /**
@@ -1875,6 +2058,7 @@ export async function loop(
     const { path } = locate(watch.home);
     const { verdict, credential } = decide(readAuth(path), Date.now(), settings);
     const due = verdict.kind === "refresh" && !hasTemporaries(path);
+    if (due && outcome === "changed" && watch.refused === verdict.token.fingerprint()) return;
     const at = plan(watch, { outcome, due, credential, retryAfterMs: null });
     if (at > Date.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
   };
@@ -1884,10 +2068,15 @@ export async function loop(
     const heard = hangUps;
     const { rejected } = watch;
     const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
-      watch.failures = exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
-      const { verdict } = decide(readAuth(locate(home).path), Date.now(), settings);
+      const read = readAuth(locate(home).path);
+      const { verdict, credential } = decide(read, Date.now(), settings);
+      const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
+      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome);
+      watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
       watch.rejected = result.rejected;
-      return plan(watch, { ...result, due: verdict.kind === "refresh" });
+      watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
+      const outcome = unreadable ? "unreadable" : result.outcome;
+      return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" });
     });
     // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
     watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
@@ -1897,7 +2086,7 @@ export async function loop(
   };
 
   const watches = homes.map((home): Watch => (
-    { home, log: logOf(home), busy: false, at: 0, identity: "", failures: 0, rejected: null }
+    { home, log: logOf(home), busy: false, at: 0, identity: "", failures: 0, rejected: null, refused: null }
   ));
   let hangUps = 0;
   onHangUp(() => {
@@ -1912,7 +2101,12 @@ export async function loop(
     const now = Date.now();
     // A clock that was set back must not make the planned waits longer.
     const back = uptime() - up - (now - wall);
-    if (back > SECOND) { for (const watch of watches) watch.at -= back; }
+    if (back > SECOND) {
+      for (const watch of watches) {
+        watch.at -= back;
+        if (watch.at > now) writeStatus(watch.home, { next_run_iso: iso(watch.at) }, watch.log);
+      }
+    }
     const step = back > SECOND || uptime() - looked >= STEP_MS;
     [wall, up, looked] = [now, uptime(), step ? uptime() : looked];
     for (const watch of watches) {
@@ -1939,11 +2133,11 @@ function hasTemporaries(path: string): boolean {
   }
 }
 
-/** What changes when auth.json is written or replaced; no more than a stat. */
+/** What changes when auth.json is written, replaced or made readable; no more than a stat. */
 function identify(home: Home): string {
   try {
-    const { dev, ino, size, mtimeMs } = fs.statSync(join(home.dir, "auth.json"));
-    return [dev, ino, size, mtimeMs].join(":");
+    const { dev, ino, size, mtimeMs, ctimeMs } = fs.statSync(join(home.dir, "auth.json"));
+    return [dev, ino, size, mtimeMs, ctimeMs].join(":");
   } catch (error) {
     return errorName(error);
   }
@@ -2012,19 +2206,20 @@ const FLAGS = [...MODES, "force", "json", "verbose", "help", "version"] as const
 type Arguments = Record<typeof FLAGS[number], boolean> & { _: string[]; listen?: string };
 
 function readArguments(args: readonly string[]): Arguments {
-  const valued = args.slice(0, [...args, "--"].indexOf("--")).find((arg) =>
-    /^-.*=/.test(arg) && !/^--listen=/.test(arg)
-  );
-  if (valued !== undefined) throw new UsageError(`${valued}: this flag takes no value`);
-  const lone = args.find((arg, index) => /^(true|false)$/.test(arg) && args[index - 1]?.startsWith("-"));
-  if (lone !== undefined) throw new UsageError(`${lone}: flags take no value; a home of that name is ./${lone}`);
+  const known = ["-h", "-V", "--listen", "--", ...FLAGS.map((flag) => `--${flag}`)];
+  // The parser would take whatever looks like a flag, and would take true or false for the value of the flag before it.
+  for (const [index, arg] of args.slice(0, [...args, "--"].indexOf("--")).entries()) {
+    if (/^-./.test(arg) && !known.includes(arg.replace(/^--listen=.*/s, "--listen"))) {
+      throw new UsageError(arg.includes("=") ? `${arg}: there is no such flag with a value` : `unknown flag ${arg}`);
+    }
+    if (/^(true|false)$/.test(arg) && args[index - 1]?.startsWith("-")) {
+      throw new UsageError(`${arg}: flags take no value; a home of that name is ./${arg}`);
+    }
+  }
   const parsed = untypedParseArgs([...args], {
     boolean: FLAGS,
     string: ["_", "listen"],
     alias: { h: "help", V: "version" },
-    unknown: (arg: string, name?: string) => {
-      if (name !== undefined) throw new UsageError(`unknown flag ${arg}`);
-    },
   }) as Arguments;
   const modes = MODES.filter((mode) => parsed[mode]);
   if (modes.length > 1) throw new UsageError(`--${modes.join(" and --")} exclude each other`);
@@ -2069,7 +2264,7 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
       // Dropped.
     }
   };
-  return { write, settled: () => Promise.race([drained, sleep(200)]).then(() => {}) };
+  return { write, settled: async () => lines.length > 0 ? void await Promise.race([drained, sleep(200)]) : undefined };
 }
 
 function writeInBackground(bytes: Uint8Array): Promise<unknown> {
@@ -2077,11 +2272,15 @@ function writeInBackground(bytes: Uint8Array): Promise<unknown> {
   return new Promise((resolve) => fs.write(2, bytes, resolve));
 }
 
-function print(text: string): number {
-  try {
-    for (let bytes = Buffer.from(text); bytes.length > 0;) bytes = bytes.subarray(fs.writeSync(1, bytes));
-  } catch {
-    // Whoever asked has gone.
+async function print(text: string): Promise<number> {
+  for (let bytes = Buffer.from(text); bytes.length > 0;) {
+    try {
+      bytes = bytes.subarray(fs.writeSync(1, bytes));
+    } catch (error) {
+      if (errorName(error) === "EPIPE") break; // whoever asked has gone
+      if (errorName(error) !== "EAGAIN") throw new Error(`stdout: ${describeDisk(error)}`);
+      await sleep(10);
+    }
   }
   return 0;
 }
@@ -2091,9 +2290,11 @@ async function main(args: readonly string[], env: Environment): Promise<number> 
   try {
     return await run(args, env, write);
   } catch (error) {
-    if (!(error instanceof UsageError)) throw error;
-    write(`codex_auth_refresh: ${oneLine(error.message)} (see --help)`);
-    return 64;
+    const usage = error instanceof UsageError;
+    write(
+      `codex_auth_refresh: ${oneLine(Secret.redact(String((error as Error).message)))}${usage ? " (see --help)" : ""}`,
+    );
+    return usage ? 64 : 2;
   } finally {
     await settled();
   }
@@ -2108,16 +2309,17 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
   }
   const settings = readSettings(env);
   const homes = readHomes(flags._, env);
-  const views = () => viewAll(homes, settings);
-  if (flags.json) return print(showJson(views()));
+  const address = flags.listen === undefined ? null : readAddress(flags.listen);
+  const views = () => viewAll(homes, settings, flags.verbose);
+  if (flags.json) return await print(showJson(await views()));
   if (flags.status) {
     const colour = !env.NO_COLOR && builtin("node:tty").isatty(1);
-    return print(showStatus(views(), flags.verbose ? emailsOf(homes) : new Map(), colour));
+    return await print(showStatus(await views(), colour));
   }
-  if (flags.metrics) return print(showMetrics(views()));
+  if (flags.metrics) return await print(showMetrics(await views()));
   if (flags.health) {
-    const all = views();
-    print(showHealth(all));
+    const all = await views();
+    await print(showHealth(all));
     return Number(all.some(({ state }) => state === "unhealthy"));
   }
 
@@ -2134,57 +2336,72 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
     }
   };
   stopOn("SIGTERM", "SIGINT");
-  // To curl a lone asterisk in NO_PROXY means every host; Deno does not know it.
-  if ((env.no_proxy || env.NO_PROXY)?.trim() === "*") {
-    for (const name of Object.keys(env).filter((name) => /^(https?|all)_proxy$/i.test(name))) delete process.env[name];
-  }
+  // What they say is in the settings; each engine would read them its own way.
+  for (const name of Object.keys(env).filter((name) => /^(https?|all|no)_proxy$/i.test(name))) delete process.env[name];
   if (flags.once) {
     stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
     const context = { settings, force: flags.force, stop, patience, rejected: null };
     const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
+    // A login that is not in auth.json may be where we do not look.
+    homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").forEach((home) =>
+      warnOfStore(home, log)
+    );
     return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
   }
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
-  for (const home of homes) {
-    if (storeOf(home) === "file") continue;
-    log(
-      "warning",
-      "credentials_store",
-      `${home.dir}: config.toml keeps logins in "${storeOf(home)}", not in auth.json`,
-    );
+  for (const home of homes) warnOfStore(home, log);
+  if (address !== null) {
+    const port = await listen(address, views, stop);
+    log("info", "listening", `listening on ${address.host} port ${port}`);
   }
-  if (flags.listen !== undefined) await listen(flags.listen, views, stop);
   await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look));
   return 0;
 }
 
-/** Answers `/healthz`, `/metrics` and `/status` over HTTP, and nothing else. Resolves once it listens. */
-async function listen(address: string, views: () => View[], stop: AbortSignal): Promise<void> {
+/** ADDR:PORT, or PORT alone, which is one on loopback. */
+function readAddress(text: string): { host: string; port: number } {
+  const [, host = "127.0.0.1", port = ""] = /^(?:\[?([^\]]+?)\]?:|:)?(\d+)$/.exec(text) ?? [];
+  if (port === "" || Number(port) > 65535) throw new UsageError(`--listen ${text}: must be ADDR:PORT, or PORT`);
+  return { host, port: Number(port) };
+}
+
+/** Answers `/healthz`, `/metrics` and `/status` over HTTP, and nothing else. Resolves to the port once it listens. */
+async function listen(
+  { host, port }: { host: string; port: number },
+  views: () => Promise<View[]>,
+  stop: AbortSignal,
+): Promise<number> {
   const { createServer } = builtin("node:http");
-  const [, host = "127.0.0.1", port = ""] = /^(?:\[?([^\]]+?)\]?:|:)?(\d+)$/.exec(address) ?? [];
-  if (port === "" || Number(port) > 65535) throw new UsageError(`--listen ${address}: must be ADDR:PORT, or PORT`);
-  const server = createServer((request, response) => {
+  const server = createServer(async (request, response) => {
     const answer = (status: number, type: string, body: string) =>
       response.writeHead(status, { "content-type": type, "cache-control": "no-store" }).end(body);
     const path = request.url?.split("?")[0];
     if (!["/healthz", "/metrics", "/status"].includes(path ?? "")) return answer(404, "text/plain", "not found\n");
     if (request.method !== "GET") return answer(405, "text/plain", "GET only\n");
-    const all = views();
+    const all = await views();
     if (path === "/metrics") return answer(200, "text/plain; version=0.0.4; charset=utf-8", showMetrics(all));
-    if (path === "/status") return answer(200, "application/json", showJson(all));
+    if (path === "/status") return answer(200, "application/json", showJson(all.map(withoutPaths)));
     return answer(all.some(({ state }) => state === "unhealthy") ? 503 : 200, "text/plain", showHealth(all));
   });
   await new Promise<void>((resolve, reject) => {
-    server.once("error", (error) => reject(new UsageError(`--listen ${address}: ${errorName(error)}`)));
-    server.listen(Number(port), host, resolve);
+    server.once("error", (error) => reject(new UsageError(`--listen ${host}:${port}: ${errorName(error)}`)));
+    server.listen(port, host, resolve);
   });
   stop.addEventListener("abort", () => {
     server.close();
     server.closeAllConnections();
   });
+  const address = server.address();
+  return typeof address === "object" && address !== null ? address.port : port;
+}
+
+/** What may be told over the network: no path but the home's name. */
+function withoutPaths(each: View): View {
+  const told = !/^fail:(preflight|store|locked)$/.test(each.watchdog_last_outcome);
+  return told ? each : { ...each, detail: null, advice: each.advice && "see codex_auth_refresh --status" };
 }
 
 if (import.meta.main) process.exit(await main(process.argv.slice(2), process.env));

@@ -1252,7 +1252,7 @@ async function look(home: string, url: string, throughExe: boolean): Promise<Tri
       patience: (since: number) => since,
       rejected: null,
     };
-    await attempt({ dir: home, real: home, status }, context);
+    await attempt({ dir: home, status }, context);
     assertMatch(said, DOCUMENTED);
   }
   const { watchdog_last_outcome: outcome, detail } = JSON.parse(textOf(status));
