@@ -77,6 +77,8 @@ export type Behaviour =
   | { kind: "reset"; ledger: "before" | "after" }
   /** Redeemed; the connection ends halfway through the promised length. */
   | { kind: "truncated" }
+  /** Redeemed; all of the body comes, less than the promised length, and half a second later the connection ends. */
+  | { kind: "unfinished" }
   /** Redeemed; complete as HTTP, but the JSON breaks off halfway. */
   | { kind: "cut_json" }
   /** 200 and a page for people. */
@@ -304,6 +306,13 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
         head(whole);
         return void response.write(half, () => response.socket?.destroy());
       }
+      case "unfinished": {
+        const whole = ordinary();
+        head({ ...whole, headers: { "content-length": String(Buffer.byteLength(whole.body) + 9) } });
+        response.write(whole.body);
+        if (await pause(500)) response.socket?.destroy();
+        return;
+      }
       case "delay": {
         const late = ordinary();
         if (await pause(behaviour.milliseconds)) send(late);
@@ -467,6 +476,7 @@ const EXAMPLES: Behaviour[] = [
   { kind: "delay", milliseconds: 5000 },
   { kind: "reset", ledger: "after" },
   { kind: "truncated" },
+  { kind: "unfinished" },
   { kind: "cut_json" },
   { kind: "html" },
   { kind: "endless" },

@@ -2175,7 +2175,8 @@ Variables (one that is set to the empty string counts as unset):
   CODEX_REFRESH_TOKEN_URL_OVERRIDE     the endpoint   ${DEFAULT_URL}
   CODEX_AUTH_ALLOW_HTTP                1: http also to hosts other than loopback
   CODEX_CA_CERTIFICATE, SSL_CERT_FILE  PEM file of further roots; the first that is set
-  HTTPS_PROXY, HTTP_PROXY, NO_PROXY    as curl reads them
+  https_proxy, http_proxy, ALL_PROXY, NO_PROXY
+                                       as curl reads them: small or capital, but HTTP_PROXY not
   CODEX_AUTH_IN_PLACE                  1: rewrite an auth.json that cannot be renamed over (a mount
                                        point of its own, a second hard link) in place, journalled
   CODEX_AUTH_LOG_FORMAT                text or json                        text
@@ -2275,7 +2276,8 @@ function writeInBackground(bytes: Uint8Array): Promise<unknown> {
 async function print(text: string): Promise<number> {
   for (let bytes = Buffer.from(text); bytes.length > 0;) {
     try {
-      bytes = bytes.subarray(fs.writeSync(1, bytes));
+      // A pipe takes so much whole or not at all; of more, Deno does not tell how much of it was taken.
+      bytes = bytes.subarray(fs.writeSync(1, bytes.subarray(0, 4096)));
     } catch (error) {
       if (errorName(error) === "EPIPE") break; // whoever asked has gone
       if (errorName(error) !== "EAGAIN") throw new Error(`stdout: ${describeDisk(error)}`);

@@ -53,13 +53,20 @@ const BAD_VALUES: [string, string[], string][] = [
   ["CODEX_AUTH_REFRESH_INTERVAL_SECONDS", ["0", "-1", "1.5", "1e3", "6h", " 5", "0x10", "9".repeat(20)], "at least 1"],
   ["CODEX_AUTH_SAFETY_MARGIN_SECONDS", ["-1", "0.5", "four", "+1", "NaN"], "at least 0"],
   ["CODEX_AUTH_STALE_AFTER_SECONDS", ["0", "-604800", "7d", "Infinity"], "at least 1"],
-  [URL_NAME, ["nonsense", "ftp://127.0.0.1/", "http://example.com/token", "http://127.0.0.1.example.com/"], "https"],
+  [URL_NAME, [
+    "nonsense",
+    "ftp://127.0.0.1/",
+    "http://example.com/token",
+    "http://127.0.0.1.example.com/",
+    "http://a.localhost/",
+  ], "https"],
   ["CODEX_AUTH_ALLOW_HTTP", ["yes", "true", "2"], "1"],
   ["CODEX_AUTH_IN_PLACE", ["yes", "on"], "1"],
   ["CODEX_AUTH_LOG_FORMAT", ["yaml", "JSON"], "text or json"],
   ["CODEX_CA_CERTIFICATE", [join(scratch, "no-such.pem"), scratch], "PEM"],
   ["SSL_CERT_FILE", [join(scratch, "no-such.pem")], "PEM"],
   ["HTTPS_PROXY", ["http://", "ftp://127.0.0.1:21"], "proxy"],
+  ["ALL_PROXY", ["socks5://127.0.0.1:1080"], "proxy"],
 ];
 
 Deno.test("settings have their defaults, and a variable set to the empty string counts as unset", () => {
@@ -100,10 +107,77 @@ Deno.test("a bad value is one line that names the variable, the value and what i
   }
 });
 
-Deno.test("a password in the endpoint's URL is refused and not repeated", () => {
-  const act = () => car.readSettings({ [URL_NAME]: "https://me:swordfish@example.com/" });
-  const { message } = assertThrows(act, car.UsageError);
-  assert(message.includes(URL_NAME) && !message.includes("swordfish"), message);
+Deno.test("a password in a URL is refused and not repeated", () => {
+  for (const start of ["https://", "https:", "https:/", "https:\\\\", "https://a\n"]) {
+    const act = () => car.readSettings({ [URL_NAME]: `${start}me:swordfish@example.com/` });
+    const { message } = assertThrows(act, car.UsageError);
+    assert(message.includes(URL_NAME) && !message.includes("swordfish"), message);
+  }
+  const { message } = assertThrows(() => car.readSettings({ https_proxy: "ftp://me:swordfish@a" }), car.UsageError);
+  assert(message.includes("https_proxy") && !message.includes("swordfish"), message);
+});
+
+Deno.test("the proxy is the one that curl would take", () => {
+  const [small, capital] = ["http://small.example:1/", "http://capital.example:2/"];
+  const [https, http] = ["https://example.com/token", "http://127.0.0.1:9/token"];
+  const rows: [Record<string, string>, string, string | undefined][] = [
+    [{}, https, undefined],
+    [{ https_proxy: small, HTTPS_PROXY: capital }, https, small],
+    [{ HTTPS_PROXY: capital, ALL_PROXY: small }, https, capital],
+    [{ https_proxy: "", HTTPS_PROXY: capital }, https, capital],
+    [{ all_proxy: small, ALL_PROXY: capital }, https, small],
+    [{ ALL_PROXY: capital }, http, capital],
+    [{ HTTPS_PROXY: capital, http_proxy: small }, http, small],
+    [{ HTTP_PROXY: capital }, http, undefined],
+    [{ https_proxy: "small.example:1" }, https, small],
+    [{ https_proxy: "me:pass@small.example:1" }, https, "http://me:pass@small.example:1/"],
+    [{ https_proxy: small, no_proxy: "example.com" }, https, undefined],
+    [{ https_proxy: "ftp://ignored", no_proxy: "example.com" }, https, undefined],
+  ];
+  for (const [env, url, proxy] of rows) {
+    assertEquals(car.readSettings({ ...env, [URL_NAME]: url }).proxy?.href, proxy, JSON.stringify(env));
+  }
+});
+
+Deno.test("NO_PROXY is read as curl reads it", () => {
+  const yes: [string, string][] = [["a.example.com", "example.com"], ["a.example.com", ".Example.COM."], [
+    "a.b",
+    "x a.b",
+  ]];
+  yes.push(["a.b", "x,\ta.b"], ["a.b.", "a.b"], ["a.b", " * "], ["10.1.2.3", "10.1.2.3"], ["10.1.2.3", "10.0.0.0/8"]);
+  yes.push(["[::1]", "::1"], ["[::1]", "[::1]"], ["[fd00::5]", "fd00::/8"]);
+  const no: [string, string][] = [["a.b", ""], ["a.b", "*,x"], ["a.b", "*.b"], ["aexample.com", "example.com"], [
+    "a.b",
+    "b.a",
+  ]];
+  no.push(["10.1.2.3", "2.3"], ["10.1.2.3", "11.0.0.0/8"], ["10.1.2.3", "10.0.0.0/64"], ["10.1.2.3", "fd00::/8"], [
+    "a.b",
+    ",",
+  ]);
+  for (const [host, list] of yes) assert(car.bypassesProxy(host, { no_proxy: list }), `${host} in ${list}`);
+  for (const [host, list] of no) assert(!car.bypassesProxy(host, { NO_PROXY: list }), `${host} in ${list}`);
+  assert(!car.bypassesProxy("a.b", { no_proxy: "x", NO_PROXY: "a.b" }));
+});
+
+Deno.test("a file of further roots holds certificates, whatever stands around them", () => {
+  const [file, root] = [join(scratch, "further.pem"), TLS === undefined ? null : fs.readFileSync(pem("root"), "utf8")];
+  const read = (text: string) => {
+    fs.writeFileSync(file, text);
+    return car.readRoots({ caFile: { name: "SSL_CERT_FILE", path: file } });
+  };
+  assertEquals(car.readRoots({ caFile: null }), []);
+  const broken = "-----BEGIN CERTIFICATE-----\nbm8=\n-----END CERTIFICATE-----\n";
+  for (const text of ["", "no certificate", broken, (root ?? "") + broken]) {
+    const { message } = assertThrows(() => read(text), Error);
+    assert(message.startsWith(`SSL_CERT_FILE=${file}: `), message);
+  }
+  if (root === null) return;
+  const der = Buffer.from(root.replace(/-----.*-----/g, ""), "base64");
+  // OpenSSL puts its trust settings behind the certificate.
+  const trusted = Buffer.concat([der, Buffer.from("300c300a06082b06010505070301", "hex")]).toString("base64");
+  const text =
+    `# ours\r\n${root}\n-----BEGIN TRUSTED CERTIFICATE-----\n${trusted}\n-----END TRUSTED CERTIFICATE-----\n`;
+  assertEquals(read(text).map((each) => each.replace(/\s/g, "")), [root, root].map((each) => each.replace(/\s/g, "")));
 });
 
 Deno.test("homes come from the arguments, else CODEX_HOME, else HOME, else the fixed place", () => {
@@ -136,6 +210,11 @@ Deno.test("a token shows itself to nobody", () => {
   for (const text of shown.slice(0, 7)) assertMatch(text, /\[redacted\]/);
   assertEquals(secret.open(), value);
   assertEquals(car.Secret.redact(`a ${value} b ${value}`), "a [redacted] b [redacted]");
+  for (let other = 0; other < 127; other++) new car.Secret(`another-token-${other}`);
+  new car.Secret(value); // seen again, so not the oldest any more
+  for (let other = 0; other < 127; other++) new car.Secret(`a-further-token-${other}`);
+  assertEquals([car.Secret.redact(value), car.Secret.leaks(`x ${value.slice(5, 14)} x`)], ["[redacted]", true]);
+  assertEquals(car.Secret.leaks(value.slice(5, 13)), false);
   assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
 });
 
@@ -164,6 +243,8 @@ Deno.test("every verdict has its text", () => {
   const rows: [Fields, Fields, string][] = [
     [{ auth_mode: "apikey" }, {}, "skip auth_mode=apikey"],
     [{ auth_mode: "ApiKey" }, {}, "skip auth_mode=apikey"],
+    [{ auth_mode: "Of ours" }, {}, "skip auth_mode=of ours"],
+    [{ auth_mode: "forged\nline" }, {}, "skip auth_mode=unknown"],
     [{ auth_mode: "CHATGPT" }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ auth_mode: "ChatGPT_Auth_Tokens" }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ auth_mode: undefined, OPENAI_API_KEY: "sk-1" }, {}, "skip auth_mode=none"],
@@ -298,6 +379,7 @@ Deno.test("each token of an answer is judged by itself", () => {
 Deno.test("Retry-After is seconds or a date, and anything else is nothing", () => {
   const rows: [string | null, number | null][] = [[null, null], ["0", 0], ["120", 120_000], ["", null], ["soon", null]];
   rows.push([new Date(NOW + 90_000).toUTCString(), 90_000], [new Date(NOW - 90_000).toUTCString(), 0]);
+  rows.push(["Sat Jan 31 12:01:30 2026", 90_000], ["1.5", null]);
   for (const [value, wait] of rows) assertEquals(car.parseRetryAfter(value, NOW), wait, String(value));
   const answer = car.judge(429, "", "7", NOW);
   assertEquals(answer.kind === "transient" && answer.retryAfterMs, 7000);
@@ -336,8 +418,119 @@ Deno.test("a field of the status file that is missing or of the wrong type is as
     fs.writeFileSync(path, text);
     assertEquals(car.readStatus(path), blank, text);
   }
-  fs.writeFileSync(path, JSON.stringify({ ...odd, detail: "kept", consecutive_failures: 4, more: 1 }));
+  fs.writeFileSync(path, JSON.stringify({ ...odd, detail: "kept", consecutive_failures: 4, runs_total: -1, more: 1 }));
   assertEquals(car.readStatus(path), { ...blank, detail: "kept", consecutive_failures: 4 });
+  fs.writeFileSync(path, JSON.stringify({ detail: "\x1b[2Jno\nescapes" }));
+  assertEquals(car.readStatus(path).detail, "?[2Jno?escapes");
+});
+
+/** How a home stands: a login with these tokens, last refreshed so long ago, and what the status file says. */
+function viewOf(status: Partial<car.Status>, tokens: Fields = {}, change: Fields = {}, store = "file"): car.View {
+  const document = {
+    auth_mode: "chatgpt",
+    tokens: { access_token: expiring(2 * DAY), refresh_token: "rt_view", ...tokens },
+    last_refresh: ago(5 * DAY),
+    ...change,
+  };
+  const settings = car.readSettings({});
+  const whole = { ...car.readStatus(join(scratch, "none")), ...status };
+  return car.view("/x", { kind: "whole", text: "", document }, whole, store, NOW, settings);
+}
+
+Deno.test("a home is unhealthy for a dead login, an expired token, an unreadable file or a watchdog that is down", () => {
+  const ran = (seconds: number, more: Partial<car.Status> = {}): Partial<car.Status> => ({
+    watchdog_last_outcome: "skip",
+    watchdog_last_run_iso: ago(seconds),
+    next_run_iso: ago(seconds - 21600),
+    ...more,
+  });
+  const dead = { rejected_refresh_token_sha256: new car.Secret("rt_view").fingerprint() };
+  const permanent = { watchdog_last_outcome: "fail:permanent_401", detail: "refresh_token_reused" } as const;
+  const failed = { watchdog_last_outcome: "fail:transient_503", detail: "busy" } as const;
+  const login = "log in again: CODEX_HOME=/x codex login";
+  const expired = { access_token: expiring(-7200) };
+  const key = { auth_mode: "apikey" };
+  const rows: [car.View, car.View["state"], string, string | null][] = [
+    [viewOf(ran(60)), "healthy", "fresh", null],
+    [viewOf(ran(60, failed)), "healthy", "fail:transient_503, the access token is still good", "busy"],
+    [viewOf({}), "healthy", "fresh", "start the watchdog, it has never run here"],
+    [viewOf(ran(60, permanent)), "unhealthy", "fail:permanent_401 (refresh_token_reused)", login],
+    [viewOf(ran(60, { ...permanent, detail: null })), "unhealthy", "fail:permanent_401 (no code)", login],
+    // A login that is newer than the failure has nothing to do with it.
+    [viewOf(ran(60, permanent), {}, { last_refresh: ago(30) }), "healthy", "fresh", null],
+    [viewOf(ran(60, dead)), "unhealthy", "the endpoint has called the refresh token dead", login],
+    [viewOf(ran(60, { ...failed, ...dead })), "unhealthy", "the endpoint has called the refresh token dead", login],
+    [
+      viewOf(ran(60, { ...permanent, rejected_refresh_token_sha256: "0".repeat(16) })),
+      "unhealthy",
+      "fail:permanent_401 (refresh_token_reused)",
+      login,
+    ],
+    [viewOf(ran(60, failed), expired), "unhealthy", "the access token expired 2 h ago", "busy"],
+    [viewOf({}, expired), "unhealthy", "the access token expired 2 h ago", "start the watchdog, it has never run here"],
+    [
+      viewOf(ran(21600 + 301)),
+      "unhealthy",
+      "the watchdog last ran 6 h 5 min ago and is overdue",
+      "start the watchdog, it is down or stuck",
+    ],
+    [viewOf(ran(21600 + 299)), "healthy", "fresh", null],
+    // Where the next run is far away by plan, nothing is down.
+    [viewOf(ran(DAY, { next_run_iso: ago(-DAY) })), "healthy", "fresh", null],
+    [
+      viewOf(ran(2 * 21600 + 1, { next_run_iso: null })),
+      "healthy",
+      "fresh",
+      "start the watchdog, it last ran 12 h ago",
+    ],
+    [viewOf(ran(30 * DAY), {}, key), "inert", "nothing to refresh (auth_mode=apikey)", null],
+    [viewOf(ran(60), { refresh_token: "" }), "inert", "nothing to refresh (no_refresh_token)", null],
+  ];
+  for (const [view, ...expected] of rows) assertEquals([view.state, view.reason, view.advice], expected, view.reason);
+  const look = (read: car.Read) =>
+    car.view("/x", read, car.readStatus(join(scratch, "none")), "file", NOW, car.readSettings({}));
+  assertEquals([look({ kind: "absent" }).state, look({ kind: "empty" }).reason], ["inert", "no login yet"]);
+  const unreadable = { kind: "unreadable", torn: false } as const;
+  assertEquals(look({ ...unreadable, error: "EACCES" }).advice, "make it readable for this user");
+  const { state, reason, advice } = look({ ...unreadable, error: "SyntaxError" });
+  assertEquals([state, reason, advice], ["unhealthy", "auth.json is unreadable:SyntaxError", login]);
+});
+
+Deno.test("a view tells what the tokens say, and warns of a login that is not looked after", () => {
+  const account = { chatgpt_plan_type: "pro", chatgpt_account_id: "acc-1" };
+  const id_token = jwt({ email: "user@example.com", "https://api.openai.com/auth": account });
+  const access_token = jwt({ iat: NOW / 1000 - DAY, exp: NOW / 1000 + 3 * DAY });
+  const view = viewOf({}, { id_token, access_token });
+  assertEquals([view.plan, view.account_id, view.last_refresh], ["pro", "acc-1", ago(5 * DAY)]);
+  assertEquals([view.access_token_remaining_seconds, view.access_token_lifetime_seconds], [3 * DAY, 4 * DAY]);
+  assertEquals([view.last_refresh_age_seconds, view.warnings, "email" in view], [5 * DAY, [], false]);
+  assertMatch(viewOf({}, {}, {}, "keyring").warnings.join(), /"keyring"/);
+  assertMatch(
+    viewOf({}, {}, { auth_mode: "apikey" }).warnings.join(),
+    /auth_mode=apikey, so the refresh token is not used/,
+  );
+});
+
+Deno.test("metrics are Prometheus text, with a home's name however odd", () => {
+  const views = [viewOf({ watchdog_last_outcome: "skip", runs_total: 7 }), { ...viewOf({}), home: 'a"b\\c\nd' }];
+  const text = car.showMetrics(views);
+  for (const line of text.trimEnd().split("\n")) {
+    assertMatch(line, /^(# (HELP|TYPE) codex_auth_refresh_\w+ .+|codex_auth_refresh_\w+\{home="[^\n]*"\} -?[\d.e+]+)$/);
+  }
+  for (
+    const line of [
+      'codex_auth_refresh_healthy{home="/x"} 1',
+      'codex_auth_refresh_healthy{home="a\\"b\\\\c\\nd"} 1',
+      'codex_auth_refresh_runs_total{home="/x"} 7',
+      'codex_auth_refresh_last_outcome{home="/x",outcome="skip"} 1',
+      `codex_auth_refresh_access_token_expiry_timestamp_seconds{home="/x"} ${NOW / 1000 + 2 * DAY}`,
+    ]
+  ) assert(text.split("\n").includes(line), `no ${line} in ${text}`);
+  for (const name of new Set(text.match(/^codex_\w+/gm))) {
+    const type = name.endsWith("_total") ? "counter" : "gauge";
+    assertEquals([...text.matchAll(new RegExp(`^# (HELP|TYPE) ${name} `, "gm"))].length, 2);
+    assert(text.includes(`# TYPE ${name} ${type}\n`), name);
+  }
 });
 
 // ── attempt ──────────────────────────────────────────────────────────────────────────────────────
@@ -418,6 +611,23 @@ Deno.test("a transient failure backs off from 5 s, twice as long each time, up t
       assertNear(wait(outcome, { exp: HOUR, failures: 3, random }), 20 * (1 + random / 2));
     }
   }
+});
+
+Deno.test("a file that the disk does not let us read is tried again like a failure", () => {
+  for (const random of [0, LATEST]) {
+    assertNear(wait("unreadable", { failures: 1, random }), 5 * (1 + random / 2));
+    assertNear(wait("unreadable", { failures: 30, random }), 21600 * (1 + random / 2));
+  }
+});
+
+Deno.test("a login that somebody else has just refreshed is not spent before half of its life, or the interval", () => {
+  for (const outcome of ["changed", "superseded", "skip"] as const) {
+    assertNear(wait(outcome, { exp: HOUR - 60, age: 60, due: true }), HOUR / 2 - 60);
+    assertNear(wait(outcome, { exp: 30 * DAY, age: 60, due: true }), 21600);
+    assert(wait(outcome, { exp: HOUR, age: 2 * HOUR, due: true, random: LATEST }) <= 60);
+    assertNear(wait(outcome, { exp: -60, age: HOUR, due: true }), 0);
+  }
+  assertNear(wait("changed", { exp: 10 * DAY, age: 60 }), 0);
 });
 
 Deno.test("Retry-After is obeyed within the interval", () => {
@@ -724,7 +934,9 @@ async function perform(scenario: Scenario, form: string, dir: string): Promise<v
     for (const run of stage.runs) {
       const wrong = run.lines.filter((line) => !PREFIX.test(line) && !/^(codex_auth_refresh: |\{.*\}$)/.test(line));
       assertEquals(wrong, [], "not a log line");
-      if (!run.command.some((word) => /^(--(status|help|version)|-[hV])$/.test(word))) assertEquals(run.stdout, "");
+      if (!run.command.some((word) => /^(--(status|health|metrics|help|version)|-[hV])$/.test(word))) {
+        assertEquals(run.stdout, "");
+      }
     }
     assertNoLeak(stage);
   } finally {
@@ -830,7 +1042,7 @@ const TLS = makeCertificates();
 const ROOTS = { CODEX_CA_CERTIFICATE: pem("root") };
 const tls = (env: Record<string, string>): Options => ({ env, mock: { tls: TLS }, skip: TLS === undefined });
 /** Over TLS, through a CONNECT proxy where `tunnels` is 1, else past it. */
-const proxied = (name: string, tunnels: number, env: Record<string, string>): Scenario =>
+const proxied = (name: string, tunnels: number, env: Record<string, string>, variable = "HTTPS_PROXY", user = "") =>
   drive(name, tls({ ...ROOTS, ...env }), async (stage) => {
     const asked: string[] = [];
     const proxy = net.createServer((socket) => {
@@ -843,7 +1055,8 @@ const proxied = (name: string, tunnels: number, env: Record<string, string>): Sc
       });
     });
     await new Promise<void>((done) => void proxy.listen(0, "127.0.0.1", done));
-    stage.env.HTTPS_PROXY = `http://127.0.0.1:${(proxy.address() as net.AddressInfo).port}`;
+    if (variable !== "HTTPS_PROXY") stage.env.HTTPS_PROXY = "http://127.0.0.1:1";
+    stage.env[variable] = `http://${user}127.0.0.1:${(proxy.address() as net.AddressInfo).port}`;
     stage.env[URL_NAME] = `https://localhost:${stage.mock.port}/oauth/token`;
     await stage.once("0 refreshed");
     proxy.close();
@@ -899,6 +1112,24 @@ const POST: Scenario[] = [
     answers: [{ kind: "truncated" }, lost("before")],
     requests: 3,
   }, newest),
+  ends("tokens that came whole are stored, whatever breaks behind them", "0 refreshed", {
+    answers: [{ kind: "unfinished" }],
+    requests: 1,
+  }, newest),
+  drive("a lost answer is not asked for again where somebody else has logged in meanwhile", {
+    answers: [lost("before")],
+  }, async (stage) => {
+    const run = stage.start("--once");
+    await run.said(/again in 1 s/);
+    logsIn(stage, run);
+    await stage.expect(run, "2 fail:transient_000");
+    isAnother(stage, run);
+    assertEquals(stage.mock.requests.length, 1);
+  }),
+  ends("an error code that repeats the token is not repeated", "2 fail:transient_400", {
+    prepare: (stage) => stage.mock.next(status(400, stage.login.refresh_token.slice(3, 35))),
+  }),
+  ends("BUN_CONFIG_VERBOSE_FETCH shows no token", "0 refreshed", { env: { BUN_CONFIG_VERBOSE_FETCH: "curl" } }, newest),
   ends("an answer that is lost for good needs a new login", "3 fail:permanent_401", {
     answers: [lost("after")],
     requests: 2,
@@ -915,9 +1146,25 @@ const POST: Scenario[] = [
   }),
   ends("a root in CODEX_CA_CERTIFICATE is trusted", "0 refreshed", tls(ROOTS)),
   ends("a root in SSL_CERT_FILE is trusted", "0 refreshed", tls({ SSL_CERT_FILE: pem("root") })),
+  ends("a file of roots without one is refused before the token is spent", "2 fail:preflight", {
+    ...tls({ CODEX_CA_CERTIFICATE: pem("key") }),
+    requests: 0,
+    says: [/^refresh: not started: CODEX_CA_CERTIFICATE=.*key\.pem: holds no PEM certificate$/],
+  }),
   proxied("HTTPS_PROXY is used", 1, {}),
   proxied("NO_PROXY with the host's name goes past the proxy", 0, { NO_PROXY: "localhost" }),
   proxied("NO_PROXY with an asterisk goes past the proxy", 0, { NO_PROXY: "*" }),
+  proxied("https_proxy goes before HTTPS_PROXY, and may name a user", 1, {}, "https_proxy", "user@"),
+  drive("HTTP_PROXY is not read, and http_proxy is", {}, async (stage) => {
+    const other = await startMockServer({ acceptAny: true });
+    stage.env.HTTP_PROXY = `http://127.0.0.1:${other.port}`;
+    await stage.once("0 refreshed");
+    assertEquals([stage.mock.requests.length, other.requests.length], [1, 0]);
+    stage.env.http_proxy = stage.env.HTTP_PROXY;
+    await stage.once("0 refreshed", "--force");
+    assertEquals([stage.mock.requests.length, other.requests.length], [1, 1]);
+    await other.close();
+  }),
 ];
 
 // Root sees no missing permission, so some scenarios are for somebody else.
@@ -1257,11 +1504,19 @@ const printed = (name: string, args: string[], check: (text: string, stage: Stag
     assertEquals([fs.readdirSync(stage.home), stage.mock.requests.length], [before, 0]);
     check(run.stdout, stage);
   });
-const FLAGS = ["--once", "--force", "--status", "--json", "--help", "-h", "--version", "-V"];
-const VARIABLES = [...BAD_VALUES.map(([name]) => name), "CODEX_HOME", "HTTP_PROXY", "NO_PROXY"];
+const FLAGS = ["--once", "--force", "--status", "--json", "--verbose", "--health", "--metrics", "--listen"];
+FLAGS.push("--help", "-h", "--version", "-V");
+const VARIABLES = [
+  ...BAD_VALUES.map(([name]) => name).filter((name) => name !== "HTTPS_PROXY"),
+  "CODEX_HOME",
+  "https_proxy",
+];
 const MISTAKES = [["--onse"], ["--once", "-x"], ["--once=false"], ["--force"], ["--json"], ["--once", "--status"], [
   "",
 ]];
+MISTAKES.push(["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["--once", "true"], ["--once", "--force=1"]);
+MISTAKES.push(["--listen"], ["--listen", "here"], ["--listen=1.2.3.4:65536"], ["--listen", "80", "--once"]);
+MISTAKES.push(["--status", "--json", "--verbose"], ["--health", "--metrics"], ["--once", "--verbose"]);
 const TRAPS = {
   ".env": "CODEX_AUTH_LOG_FORMAT=evil\n",
   "bunfig.toml": 'preload = ["./evil.ts"]\n',
@@ -1287,6 +1542,97 @@ const MAIN: Scenario[] = [
     assert(Number(status.last_refresh_age_seconds) >= 9 * DAY);
   }),
   ...MISTAKES.map((args) => ({ name: `it is a mistake to say "${args.join(" ")}"`, args, exit: 64 })),
+  drive("what comes after -- is a home", {}, async (stage) => {
+    const { home } = stage.plant("--once");
+    await stage.start("--once", "--", "--once", "true").ended;
+    assertEquals([stage.status(home).watchdog_last_outcome, stage.mock.requests.length], ["refreshed", 1]);
+  }),
+  drive(
+    "--health is one line, and its exit code tells",
+    { ...FRESH, answers: [status(401, "invalid_grant")] },
+    async (stage) => {
+      const health = async (exit: number, line: RegExp, ...homes: string[]) => {
+        const run = stage.start("--health", ...homes);
+        assertEquals([await run.ended, run.stderr], [exit, ""]);
+        assertMatch(run.stdout, line);
+      };
+      await health(0, /^healthy: \/[^\n]*: fresh\n$/);
+      const odd = stage.plant("odd\nname", 10 * DAY, 60).home;
+      await health(0, /^healthy: 0 of 2 homes unhealthy; [^\n]*\n$/, odd, stage.home);
+      await stage.once("3 fail:permanent_401", "--force");
+      await health(1, /^unhealthy: [^\n]*: fail:permanent_401 \(invalid_grant\)\n$/);
+      await health(1, /^unhealthy: 1 of 2 homes unhealthy; [^\n]*\n$/, odd, stage.home);
+      await stage.once("1 skip"); // fresh, and yet dead
+      await health(1, /called the refresh token dead\n$/);
+      fs.writeFileSync(stage.auth, "{");
+      await health(1, /unreadable:SyntaxError\n$/);
+      fs.writeFileSync(stage.auth, "");
+      await health(0, /no login yet\n$/);
+    },
+  ),
+  drive(
+    "--status fits into 80 columns, has no colours in a pipe, and shows the e-mail address when asked",
+    {},
+    async (stage) => {
+      fs.writeFileSync(join(stage.home, "config.toml"), 'cli_auth_credentials_store = "keyring"\n[x]\n');
+      await stage.once("0 refreshed");
+      const { home } = stage.plant("second", 10 * DAY, 60);
+      for (const args of [[], ["--verbose"], [stage.home, home]]) {
+        const run = stage.start("--status", ...args);
+        assertEquals([await run.ended, run.stderr], [0, ""]);
+        assert(run.stdout.includes("keyring") && !run.stdout.includes("\x1b"), run.stdout);
+        assertEquals(run.stdout.includes("user@example.com"), args[0] === "--verbose", run.stdout);
+        const words = run.stdout.split("\n").filter((line) =>
+          line.length > 80 && /\s\S/.test(line.slice(80).replace(/^\S+/, ""))
+        );
+        assertEquals(words, []);
+      }
+    },
+  ),
+  drive(
+    "what cannot be printed is a failure",
+    { forms: fs.existsSync("/dev/full") ? undefined : [] },
+    async (stage) => {
+      for (const mode of ["--status", "--metrics", "--help"]) {
+        const run = stage.spawn(["sh", "-c", 'exec "$@" >/dev/full', "sh", ...FORMS[stage.form] ?? [], mode]);
+        assertEquals([await run.ended, run.lines.length], [2, 1], run.stderr);
+        assertMatch(run.stderr, /^codex_auth_refresh: stdout: the disk is full/);
+      }
+    },
+  ),
+  drive("a slow reader of a pipe that does not block gets all of it", {}, async (stage) => {
+    const homes = Array.from({ length: 150 }, (_, index) => join(stage.dir, `home${index}`));
+    // dd leaves the pipe as one that does not block.
+    const slow = '{ dd if=/dev/null oflag=nonblock 2>&-; "$@" || echo failed; } | { sleep 1; cat >all; }';
+    const run = stage.spawn(["sh", "-c", slow, "sh", ...FORMS[stage.form] ?? [], "--status", "--json", ...homes]);
+    assertEquals(await run.ended, 0, run.stderr);
+    assertEquals((JSON.parse(stage.text(join(stage.dir, "all")) ?? "") as unknown[]).length, 150);
+  }),
+  drive("--listen answers three paths beside the loop, and tells no path but the home's", FRESH, async (stage) => {
+    fs.linkSync(stage.auth, join(stage.dir, "second"));
+    const run = stage.start("--listen", "0", stage.home);
+    await run.said(/^listening on 127\.0\.0\.1 port \d+$/);
+    const [, port] = /port (\d+)/.exec(run.stderr) ?? [];
+    const ask = async (path: string, method = "GET") => {
+      const answer = await fetch(`http://127.0.0.1:${port}${path}`, { method });
+      return { status: answer.status, text: await answer.text() };
+    };
+    await run.said(/^next check/);
+    assertEquals((await ask("/healthz")).status, 200);
+    assertMatch((await ask("/metrics")).text, /^codex_auth_refresh_healthy\{home=".*"\} 1$/m);
+    assertEquals((JSON.parse((await ask("/status?x")).text) as Fields).home, stage.home);
+    for (const path of ["/", "/auth.json", "/status/", "//status"]) assertEquals((await ask(path)).status, 404, path);
+    assertEquals((await ask("/status", "POST")).status, 405);
+    fs.writeFileSync(stage.auth, authJson(stage.mock.login({ accessTokenSeconds: -5 }), new Date(0)));
+    run.kill("SIGHUP");
+    await run.said(/second hard link/);
+    await run.said(/^next check .*backoff/);
+    assertEquals((await ask("/healthz")).status, 503);
+    const told = await ask("/status");
+    assert(/"watchdog_last_outcome": "fail:preflight"/.test(told.text) && !told.text.includes("auth.json"), told.text);
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
+  }),
   drive("it is a mistake to name a file in place of a home", {}, async (stage) => {
     const run = stage.start("--once", stage.auth);
     assertEquals([await run.ended, run.lines.length], [64, 1], run.stderr);
@@ -1312,6 +1658,8 @@ const MAIN: Scenario[] = [
       const objects = lines.map((line) => JSON.parse(line) as Fields);
       assertEquals(objects.map(({ level }) => level), ["info", "info"]);
       for (const { time, message } of objects) assert(Date.parse(String(time)) > 0 && message !== "");
+      assertMatch(String(objects[0]?.reasons), /^exp_in=-36\d\ds<=14400s,last_refresh_age=7776\d\ds>=604800s$/);
+      assertEquals([objects[1]?.http, objects[1]?.rotated], ["200", "id_token,access_token,refresh_token"]);
     },
   ),
   drive(
