@@ -100,7 +100,9 @@ export function readSettings(env: Environment): Settings {
   const isProxy = ({ protocol }: URL) => /^https?:$/.test(protocol);
   const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
   const caPath = env[caName];
-  if (caPath && !isReadable(caPath)) throw bad(caName, caPath, "a PEM file with root certificates");
+  if (caPath && !(statOf(caPath)?.isFile() && isReadable(caPath))) {
+    throw bad(caName, caPath, "a PEM file with root certificates");
+  }
   return {
     intervalSeconds: seconds("CODEX_AUTH_REFRESH_INTERVAL_SECONDS", 21600, 1),
     marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
@@ -144,11 +146,19 @@ export function bypassesProxy(hostname: string, env: Environment): boolean {
   });
 }
 
-/** Whether there is a file that we may read; a folder is none. */
+/** What there is at a path; null where nothing is, or nothing to be seen. */
+function statOf(path: string): fs.Stats | null {
+  try {
+    return fs.statSync(path);
+  } catch {
+    return null;
+  }
+}
+
 function isReadable(path: string): boolean {
   try {
     fs.accessSync(path, fs.constants.R_OK);
-    return fs.statSync(path).isFile();
+    return true;
   } catch {
     return false;
   }
@@ -167,8 +177,10 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
   for (const name of names.length > 0 ? names : [preset]) {
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
     const dir = resolve(name);
+    if (statOf(dir)?.isDirectory() === false) {
+      throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
+    }
     const real = realPath(dir);
-    if (isReadable(real)) throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
     if (!homes.has(real)) homes.set(real, { dir, status: join(dir, STATUS_FILE) });
   }
   return [...homes.values()];
@@ -223,7 +235,7 @@ export class Secret {
 
 /** A word that somebody else wrote, if it is harmless enough to repeat. */
 function tame(word: unknown): string | null {
-  return typeof word === "string" && /^[ -~]{1,40}$/.test(word) && !Secret.leaks(word) ? word : null;
+  return typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && !Secret.leaks(word) ? word : null;
 }
 
 /** No control characters: a file name may hold a line break, a log line may not. */
@@ -292,7 +304,10 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   // codex-rs/login/src/auth/manager.rs).
   if (mode === "" && (document.OPENAI_API_KEY ?? null) !== null) return skip("auth_mode=none");
   const modes = ["", "chatgpt", "chatgpt_auth_tokens"];
-  if (!modes.includes(mode.toLowerCase())) return skip(`auth_mode=${tame(mode.toLowerCase()) ?? "unknown"}`);
+  if (!modes.includes(mode.toLowerCase())) {
+    const shown = /^[ -~]{1,40}$/.test(mode) && !Secret.leaks(mode) ? mode.toLowerCase() : "unknown";
+    return skip(`auth_mode=${shown}`);
+  }
   if (token === null) return skip("no_refresh_token");
 
   const exp = expiresMs === null ? null : Math.trunc((expiresMs - nowMs) / SECOND);
@@ -315,7 +330,7 @@ function credentialOf(document: JsonObject, nowMs: number): Credential {
   const text = typeof document.last_refresh === "string" ? document.last_refresh : "";
   const refreshed = parseTimestamp(text);
   return {
-    // To the letter, as long as nothing but a time can hide in it.
+    // To the letter, unless a token hides in it.
     lastRefresh: refreshed !== null || text.length <= 40 && !Secret.leaks(text) ? text : "",
     lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
     expiresMs: expiryOf(tokens.access_token ?? ""),
@@ -864,6 +879,7 @@ export function findTemporaries(path: string): { path: string; fingerprint: stri
 function createTemporary({ path, owner }: Target, fingerprint: string, back = false): Temporary {
   for (let number = 0;; number++) {
     const candidate = join(dirname(path), `.${basename(path)}.${fingerprint}.${back ? "back" : number}.tmp`);
+    if (back) removeQuietly(candidate); // of an earlier try
     try {
       return { path: candidate, fd: createPrivate(candidate, owner), content: null };
     } catch (error) {
@@ -940,30 +956,28 @@ const ROOM_BYTES = 128 << 10;
  */
 async function prove(target: Target, fingerprint: string, size: number, inPlace: boolean): Promise<Temporary> {
   const { path } = target;
+  const refuse = (why: string): never => {
+    throw new CannotStart(`${path} ${why}`);
+  };
   let temporary: Temporary | null = null;
   try {
-    const { uid } = fs.statSync(path);
-    const user = process.getuid?.() ?? 0;
-    const instead = "Mount the directory instead of the file";
-    const refuse = (why: string | null) => {
-      if (why !== null) throw new CannotStart(`${path} ${why}`);
-    };
-    const foreign = `belongs to user ${uid}, this is user ${user}, and what we write the Codex CLI could not read`;
-    refuse(user !== 0 && uid !== user ? `${foreign}. Run as its owner` : null);
+    const [{ uid }, user] = [fs.statSync(path), process.getuid?.() ?? 0];
+    if (user !== 0 && uid !== user) {
+      refuse(`belongs to user ${uid}, and what user ${user} writes the Codex CLI could not read. Run as its owner`);
+    }
     // Opening for writing, without truncating, shows what is read-only or immutable, and brings a file of an image's lower
     // layer up, so that its device is its directory's.
     fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
     const { nlink, dev } = fs.statSync(path);
-    refuse(
-      nlink === 0
-        ? `was replaced outside of this mount and has lost its name. ${instead}`
-        : inPlace || isReplaceable(path, { nlink, dev })
-        ? null
-        : nlink > 1
-        ? "has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1"
-        : `is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`,
-    );
-    refuse(size > MAX_FILE_BYTES ? `is too large: with the answer it would have ${size} bytes` : null);
+    const [instead, anyway] = ["Mount the directory instead of the file", "set CODEX_AUTH_IN_PLACE=1"];
+    if (nlink === 0) refuse(`was replaced outside of this mount and has lost its name. ${instead}`);
+    if (nlink > 1 && !inPlace) {
+      refuse(`has a second hard link, which a rename would cut off. Remove that, or ${anyway}`);
+    }
+    if (!inPlace && !isReplaceable(path, { nlink, dev })) {
+      refuse(`is a mount point of its own and cannot be renamed over. ${instead}, or ${anyway}`);
+    }
+    if (size > MAX_FILE_BYTES) refuse(`is too large: with the answer it would have ${size} bytes`);
     // In an append-only directory files can be made, but neither removed nor renamed.
     const probe = createTemporary(target, fingerprint);
     closeTemporary(probe);
@@ -1112,7 +1126,7 @@ function removeTemporaries({ target, fingerprint }: Job, ...but: (string | undef
 async function publish(job: Job, temporary: Temporary): Promise<Stored> {
   const { target: { path }, fingerprint, grant } = job;
   let busy = false;
-  let patience = 9; // half a second each
+  let [patience, moves] = [9, 9];
   for (;;) {
     const seen = await readSettled(path);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
@@ -1148,14 +1162,14 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
       const stat = fs.fstatSync(old);
       if (stat.nlink === 0 && isNamed(path, old)) throw new DiskError("ESTALE");
       if (busy || job.inPlace && !isReplaceable(path, stat)) {
-        // A writer that is only slow would write into the middle of ours.
+        // A writer that is only slow would write into the middle of ours: it gets half a second each time.
         if (isTorn(seen) && patience-- > 0) continue;
         await rewriteInPlace(path, temporary.content ?? "");
         const now = await readSettled(path);
         if (now.kind === "whole" && now.text === temporary.content) return STORED;
         continue;
       }
-      if (!isNamed(path, old)) continue;
+      if (!isNamed(path, old) && moves-- > 0) continue;
       try {
         fs.renameSync(temporary.path, path);
       } catch (error) {
@@ -1247,18 +1261,17 @@ async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
     const wanted = isTorn(seen) || tokenIn(seen) === fingerprint;
     if (journal === null && wanted) throw new CannotStart(`${path} may hold the newest login, but is somebody else's`);
-    if (journal?.kind === "whole" && wanted && !isOutdated(journal, seen)) {
+    if (journal?.kind === "whole" && wanted && (back || tokenIn(journal) !== null && !isOutdated(journal, seen))) {
       const pairs = Object.entries(tokensOf(journal.document)).map(([name, value]) => [name, new Secret(value)]);
       const grant = { tokens: Object.fromEntries(pairs), lastRefresh: String(journal.document.last_refresh ?? "") };
       const job = { ...rest, target, fingerprint, grant, journal: path };
-      const temporary = await adopt(path, journal.text.trimEnd());
-      if (back && temporary !== null) {
+      if (back) {
+        await syncPath(path);
         fs.renameSync(path, target.path);
-        closeTemporary(temporary);
         await syncDirectory(target.path);
         return tokenIn(journal) === fingerprint ? STORED : SUPERSEDED;
       }
-      if (back) throw new DiskError("EIO");
+      const temporary = await adopt(path, target, journal.text.trimEnd());
       if (temporary !== null) removeTemporaries(job, path); // what was not finished beside it
       return await store(job, seen.kind === "whole" ? seen.document : journal.document, temporary);
     }
@@ -1280,12 +1293,14 @@ function isOutdated(journal: Read, seen: Read): boolean {
 
 /**
  * Takes up a temporary file that an earlier run left: what is left of the room is cut off, the rest put onto the disk.
- * null where that fails; then it is written anew, beside it.
+ * null where that fails, or where it has a second hard link; then it is written anew, beside it.
  */
-async function adopt(path: string, content: string): Promise<Temporary | null> {
+async function adopt(path: string, { owner }: Target, content: string): Promise<Temporary | null> {
   let fd = -1;
   try {
     fd = fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW);
+    if (fs.fstatSync(fd).nlink > 1) throw new DiskError("EMLINK");
+    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
     fs.ftruncateSync(fd, Buffer.byteLength(content));
     await fsync(fd);
     await syncDirectory(path);
@@ -1679,9 +1694,9 @@ export interface Context {
 }
 
 /** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
-export function exitCode(outcome: Outcome | "unreadable"): 0 | 1 | 2 | 3 {
+export function exitCode(outcome: Outcome): 0 | 1 | 2 | 3 {
   if (outcome === "refreshed") return 0;
-  if (outcome === "superseded" || outcome.startsWith("skip") || outcome === "unreadable") return 1;
+  if (outcome === "superseded" || outcome.startsWith("skip")) return 1;
   return outcome.startsWith("fail:permanent_") ? 3 : 2;
 }
 
@@ -1710,9 +1725,9 @@ export async function attempt(
   const { outcome, detail, tried, rejected } = result;
   const now = Date.now();
   const before = readStatus(home.status);
-  // What is known to be dead is forgotten with the login that it was.
-  const remembered = before.rejected_refresh_token_sha256;
-  const gone = remembered !== null && remembered !== result.credential.refreshToken?.fingerprint();
+  // What is known to be dead is remembered for as long as no other token is there.
+  const [remembered, current] = [before.rejected_refresh_token_sha256, result.credential.refreshToken];
+  const gone = remembered !== null && current !== null && remembered !== current.fingerprint();
   const [failed, done] = [tried && exitCode(outcome) >= 2, outcome === "refreshed"];
   writeStatus(home, {
     ...describeCredential(result.credential, now),
@@ -1969,6 +1984,13 @@ export function schedule(
     why,
   });
 
+  if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
+  if (outcome === "unreadable" || outcome.startsWith("fail:")) {
+    const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** Math.min(failures - 1, 60));
+    const asked = Math.min(interval, retryAfterMs ?? 0);
+    const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
+    return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
+  }
   if (outcome === "start" || outcome === "changed" || due && exitCode(outcome) === 1) {
     if (!due || !alive) return { at: nowMs, why: outcome };
     // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
@@ -1976,13 +1998,6 @@ export function schedule(
     if (half > nowMs + interval) return planned(nowMs + interval, "interval");
     if (half > nowMs) return { at: half, why: "half of the token's life" };
     return { at: Math.min(expiresMs, nowMs + random * Math.min(MINUTE, interval)), why: "spread" };
-  }
-  if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
-  if (outcome === "unreadable" || outcome.startsWith("fail:")) {
-    const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** Math.min(failures - 1, 60));
-    const asked = Math.min(interval, retryAfterMs ?? 0);
-    const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
-    return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
   }
   if (outcome === "skip:no_auth_json") return planned(nowMs + interval, "waiting for a login");
 
