@@ -6,6 +6,7 @@
  * @module
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
+import { existsSync } from "node:fs";
 import { basename, resolve } from "node:path";
 // deno-lint-ignore no-import-prefix -- nothing else here reads YAML
 import { parse, parseAll } from "npm:deno-std@1.4.0/yaml/mod.js";
@@ -101,8 +102,12 @@ test("manifests, compose file and workflow fit their schemas, and a misspelled f
        new ${kind}(${JSON.stringify(rest)}).validate();`
     ).join("\n");
   // The validators know values and what is required, the types (of a literal) know every field's name.
+  // The validators are packages: they come the way that this machine is set up for, its certificates and proxies included.
   const check = (text: string) =>
-    run([deno, "run", "--quiet", "--check", "--no-config", "--no-lock", "-A", scene.write("check.ts", text)]);
+    run(
+      [deno, "run", "--quiet", "--check", "--no-config", "--no-lock", "-A", scene.write("check.ts", text)],
+      Deno.env.toObject(),
+    );
   const kubernetes = manifests(recipe("statefulset.yaml") + "---\n" + recipe("cronjob.yaml"));
   const text = `${kubernetes}
     import { Ajv } from "npm:ajv@8.20.0";
@@ -194,6 +199,20 @@ test("start.sh refreshes first, ends as its service does, and takes the watchdog
     log += text;
   }
   assertEquals((await child.status).code, 143, log);
+  assertMatch(log, /SIGTERM, finishing/);
+});
+
+test("start.sh that is told to stop while it refreshes stores the answer, and starts nothing any more", async (scene) => {
+  const script = scene.write("start.sh", recipe("start.sh"));
+  const token = scene.old();
+  scene.mock.next({ kind: "delay", milliseconds: 1500 });
+  const args = [script, "touch", `${scene.dir}/started`];
+  const child = new Deno.Command("sh", { args, env: scene.env, clearEnv: true, stderr: "piped" }).spawn();
+  scene.mock.onRequest = () => child.kill("SIGTERM");
+  const log = await new Response(child.stderr).text();
+  assertEquals((await child.status).code, 143, log);
+  assert(scene.refreshed(token), log);
+  assertEquals(existsSync(`${scene.dir}/started`), false, log);
   assertMatch(log, /SIGTERM, finishing/);
 });
 
