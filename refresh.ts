@@ -2086,7 +2086,7 @@ export async function loop(
       const read = readAuth(locate(home).path);
       const { verdict, credential } = decide(read, Date.now(), settings);
       const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
-      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome);
+      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
       watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
       watch.rejected = result.rejected;
       watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
