@@ -93,6 +93,7 @@ export type Behaviour =
 /** One request as the server saw it, without any token. */
 export interface Seen {
   at: number; // when its body had arrived, in milliseconds since the epoch
+  connection: number; // which of the server's connections it came by, counted from 1
   method: string;
   path: string; // without the query
   headers: Record<string, string>;
@@ -128,8 +129,8 @@ export interface MockServer {
   lastRequestBody(): string;
   /** How long a spent token still gets the same answer again: 0 by default. */
   graceMilliseconds: number;
-  /** Called when a body has arrived, before the ledger moves. */
-  onRequest?: (seen: Seen) => void;
+  /** Called when a body has arrived, before the ledger moves; the answer waits for what it returns. */
+  onRequest?: (seen: Seen) => void | Promise<void>;
   /** Ends every connection, hanging ones too, and every timer. */
   close(): Promise<void>;
 }
@@ -218,10 +219,11 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
   const { hostname = "127.0.0.1", accessTokenSeconds = 864_000 } = options;
   const ledger = new Map<string, Entry>();
   const queue: Behaviour[] = [];
-  const sockets = new Set<Socket>();
+  const sockets = new Map<Socket, number>();
   const closing = new AbortController();
   let standing: Behaviour | null = null;
   let lastBody = "";
+  let connections = 0;
 
   function enter(token: string, login: Entry["login"]): Entry {
     const entry = { login };
@@ -370,6 +372,7 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
     });
     const seen: Seen = {
       at: Date.now(),
+      connection: sockets.get(request.socket) ?? 0,
       method: request.method ?? "",
       path: (request.url ?? "").replace(/\?.*/, ""),
       headers: Object.fromEntries(headers),
@@ -389,7 +392,7 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
     else if (size > MAX_REQUEST_BYTES) refused = 413;
     if (refused) return answer(seen, "", { kind: "status", status: refused }, response);
     lastBody = text;
-    mock.onRequest?.(seen);
+    await mock.onRequest?.(seen);
     const behaviour = queue.shift() ?? standing;
     seen.behaviour = behaviour?.kind ?? null;
     return answer(seen, token, behaviour, response);
@@ -416,7 +419,7 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
 
   const server = options.tls ? https.createServer(options.tls, serve) : http.createServer(serve);
   server.on("connection", (socket) => {
-    sockets.add(socket);
+    sockets.set(socket, ++connections);
     socket.once("close", () => sockets.delete(socket));
   });
   server.listen(options.port ?? 0, hostname);
@@ -446,7 +449,7 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
       closing.abort();
       server.close();
       // closeAllConnections() would miss those that are still shaking hands.
-      sockets.forEach((socket) => socket.destroy());
+      for (const socket of sockets.keys()) socket.destroy();
       await closed;
     },
   };

@@ -246,7 +246,12 @@ function oneLine(text: string): string {
 export type Log = (level: "info" | "warning" | "error", event: string, text: string) => void;
 
 /** A log for one home; where there are several, each line names its home. */
-function logTo(write: (line: string) => void, format: Settings["logFormat"], home: Home | null, many: boolean): Log {
+export function logTo(
+  write: (line: string) => void,
+  format: Settings["logFormat"],
+  home: Home | null,
+  many: boolean,
+): Log {
   return (level, event, text) => {
     const time = new Date().toISOString().replace(/\.\d+Z$/, "Z");
     const message = oneLine(Secret.redact(text));

@@ -24,6 +24,8 @@ const assertThrows: (act: () => unknown, kind: new (message: string) => Error) =
 const [HOUR, DAY] = [3600, 86400];
 const NOW = Date.parse("2026-01-31T12:00:00Z");
 type Fields = Record<string, unknown>;
+/** What a log line begins with. */
+const PREFIX = /^\[codex_auth_refresh \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\] /;
 
 const scratch = fs.realpathSync(await Deno.makeTempDir({ prefix: "codex_auth_refresh_test_" }));
 fs.chmodSync(scratch, 0o755);
@@ -218,6 +220,27 @@ Deno.test("a token shows itself to nobody", () => {
   assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
 });
 
+Deno.test("a log line is one line, names its home where there are several, and what it tells forges no field", () => {
+  const home = { dir: "/x\ny", status: "" };
+  const log = (format: "text" | "json", many: boolean, text: string) => {
+    const lines: string[] = [];
+    car.logTo((line) => lines.push(line), format, home, many)("warning", "tested", text);
+    assertEquals(lines.length, 1);
+    return lines[0] ?? "";
+  };
+  new car.Secret("rt_that-is-logged");
+  const rows: [string, string][] = [["a\nb\u2028c\x1b[2J", "a?b?c?[2J"], ["x rt_that-is-logged", "x [redacted]"]];
+  for (const [text, shown] of rows) {
+    assertEquals(log("text", false, text).replace(PREFIX, ""), shown);
+    assertEquals(log("text", true, text).replace(PREFIX, ""), `[/x?y] ${shown}`);
+  }
+  const message = "refresh: x (http=200 rotated=a,b) level=forged event=forged home=forged time=0 message=forged";
+  const { time, ...fields } = JSON.parse(log("json", true, message)) as Fields;
+  assert(Math.abs(Date.parse(String(time)) - Date.now()) < 60_000, String(time));
+  const own = { level: "warning", event: "tested", home: home.dir, message };
+  assertEquals(fields, { http: "200", rotated: "a,b", ...own });
+});
+
 // ── decide ───────────────────────────────────────────────────────────────────────────────────────
 
 const SETTINGS = { marginSeconds: 14400, staleSeconds: 604800, intervalSeconds: 21600 };
@@ -265,15 +288,21 @@ Deno.test("every verdict has its text", () => {
     [{ last_refresh: "yesterday" }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
     [{ last_refresh: 5 }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
     [{ last_refresh: ago(-299) }, {}, `skip fresh exp_in=${10 * DAY}s age=0s`],
+    [{ last_refresh: ago(-300) }, {}, `skip fresh exp_in=${10 * DAY}s age=0s`],
     [{ last_refresh: ago(-301) }, {}, `skip fresh exp_in=${10 * DAY}s age=unknowns`],
     [{}, { access_token: "opaque" }, "skip fresh exp_in=unknowns age=60s"],
     [{}, { access_token: jwt({ exp: "soon" }) }, "skip fresh exp_in=unknowns age=60s"],
+    [{}, { access_token: jwt({ exp: 1e300 }) }, "skip fresh exp_in=unknowns age=60s"],
+    [{}, { access_token: jwt({ exp: -1e300 }) }, "skip fresh exp_in=unknowns age=60s"],
     [{ last_refresh: null }, { access_token: null }, "refresh unparseable_metadata"],
     [{ last_refresh: ago(-DAY) }, { access_token: 7 }, "refresh unparseable_metadata"],
   ];
   for (const [change, tokens, text] of rows) assertEquals(verdict(change, tokens), text);
   assertEquals(verdict({}, {}, true), "refresh forced");
   assertEquals(verdict({ auth_mode: "apikey" }, {}, true), "skip auth_mode=apikey");
+  // Where something is due anyway, that is the reason.
+  assertEquals(verdict({ last_refresh: ago(9 * DAY) }, {}, true), `refresh ${aged}`);
+  assertEquals(verdict({ last_refresh: null }, { access_token: null }, true), "refresh unparseable_metadata");
 });
 
 Deno.test("whatever stands in auth.json gets a verdict, and a word from it cannot forge a log line", () => {
@@ -293,6 +322,7 @@ Deno.test("timestamps are RFC 3339 with up to nine digits, and without a zone th
     ["2026-01-31T12:00:00Z", "2026-01-31T12:00:00.000Z"],
     ["2026-01-31T12:00:00", "2026-01-31T12:00:00.000Z"],
     ["2026-01-31t12:00:00z", "2026-01-31T12:00:00.000Z"],
+    ["2026-01-31 12:00:00", "2026-01-31T12:00:00.000Z"],
     ["2026-01-31T12:00:00.5Z", "2026-01-31T12:00:00.500Z"],
     ["2026-01-31T12:00:00.123456789Z", "2026-01-31T12:00:00.123Z"],
     ["2026-01-31T12:00:00.123456", "2026-01-31T12:00:00.123Z"],
@@ -303,17 +333,19 @@ Deno.test("timestamps are RFC 3339 with up to nine digits, and without a zone th
   for (const [text, moment] of good) assertEquals(car.parseTimestamp(text), Date.parse(moment), text);
   const bad = ["", "now", "2026-01-31", "2026-02-30T12:00:00Z", "2026-13-01T12:00:00Z", "2026-01-31T25:00:00Z"];
   bad.push("1769860800", "2026-01-31T12:00:00.1234567890Z", "2026-01-31T12:00:00 UTC", "2026-01-31T12:00:00+0200");
+  bad.push("2026-01-31  12:00:00Z", "2026-01-31_12:00:00Z", "2026-01-31T12:00:00 Z", " 2026-01-31T12:00:00Z");
   for (const text of bad) assertEquals(car.parseTimestamp(text), null, text);
 });
 
 Deno.test("a token's claims are read with and without padding, and whatever is no JWT has none", () => {
-  const encode = (text: string) => Buffer.from(text).toString("base64url");
+  const encode = (text: string | Uint8Array) => Buffer.from(text).toString("base64url");
   for (const claims of [{ exp: 1 }, { exp: 12, a: "ü" }, { exp: 123, "?": ">>>???" }]) {
     const payload = encode(JSON.stringify(claims));
     const padded = payload + "=".repeat((4 - payload.length % 4) % 4);
     for (const each of [payload, padded]) assertEquals(car.claimsOf(`h.${each}.s`), claims as Fields);
   }
   const bad = ["", "a", "a.b", "a.b.c", "..", `h.${encode("[1]")}.s`, `h.${encode("null")}.s`, "h.!!!.s", "h.\ud800.s"];
+  bad.push(`h.${encode(new Uint8Array([...Buffer.from('{"a":"'), 0xff, ...Buffer.from('"}')]))}.s`);
   for (const text of bad) assertEquals(car.claimsOf(text), null, text);
 });
 
@@ -324,7 +356,7 @@ Deno.test("JSON comes out as it went in, numbers to the letter", () => {
   assertEquals("e" in {}, false);
   const nested = (depth: number) => "[".repeat(depth) + "]".repeat(depth);
   assertEquals(JSON.stringify(car.parseExact(nested(127))), nested(127));
-  assertThrows(() => car.parseExact(nested(129)), RangeError);
+  assertThrows(() => car.parseExact(nested(128)), RangeError);
   for (const text of ["", "{", "{}x", "\ufeff{}", "01"]) assertThrows(() => car.parseExact(text), SyntaxError);
 });
 
@@ -387,16 +419,50 @@ Deno.test("Retry-After is seconds or a date, and anything else is nothing", () =
 
 // ── apply ────────────────────────────────────────────────────────────────────────────────────────
 
+Deno.test("a file is read as what it is, and what it holds of tokens is known to the log from then on", () => {
+  const path = join(scratch, "read.json");
+  const kind = (text: string | Uint8Array) => {
+    fs.writeFileSync(path, text);
+    const read = car.readAuth(path);
+    return read.kind === "unreadable" ? `${read.error}${read.torn ? " torn" : ""}` : read.kind;
+  };
+  assertEquals(car.readAuth(join(path, "absent")), { kind: "absent" });
+  const rows: [string | Uint8Array, string][] = [["", "empty"], ["{}", "whole"], ["{", "SyntaxError torn"]];
+  rows.push(["[]", "TypeError torn"], ["\ufeff{}", "SyntaxError torn"], [
+    new Uint8Array([123, 255, 125]),
+    "TypeError torn",
+  ]);
+  for (const [text, expected] of rows) {
+    assertEquals(kind(text).replace(/^ERR_\w+/, "TypeError"), expected, String(text));
+  }
+  assertEquals(car.readAuth(scratch), { kind: "unreadable", error: "EISDIR", torn: false });
+  fs.writeFileSync(path, "");
+  for (const [size, error, torn] of [[16 << 20, "SyntaxError", true], [(16 << 20) + 1, "EFBIG", false]] as const) {
+    fs.truncateSync(path, size); // takes no room
+    assertEquals(car.readAuth(path), { kind: "unreadable", error, torn });
+  }
+  const tokens = {
+    id_token: jwt({ email: "read@example.com" }),
+    access_token: "access-that-was-read",
+    refresh_token: "rt_read",
+  };
+  assertEquals(kind(JSON.stringify({ tokens })), "whole");
+  assertEquals(car.Secret.redact(`${tokens.id_token} ${tokens.access_token}`), "[redacted] [redacted]");
+});
+
 Deno.test("temporary files are told from other people's, and the latest comes first", () => {
   const dir = join(scratch, "temporaries");
   fs.mkdirSync(dir);
   const [one, two] = ["0123456789abcdef", "fedcba9876543210"];
-  const ours = [`.auth.json.${two}.0.tmp`, `.auth.json.${one}.1.tmp`, `.auth.json.${one}.0.tmp`];
+  const [back, ...numbered] = ["back", "1", "0"].map((each) => `.auth.json.${one}.${each}.tmp`);
+  const ours = [`.auth.json.${two}.0.tmp`, String(back), ...numbered];
   const others = ["auth.json", `.auth.json.${one}.tmp`, `.auth.json.${one}0.0.tmp`, `.x.${one}.0.tmp`];
+  others.push(`.auth.json.${one}.backs.tmp`, `.auth.json.${one}.10.tmp`, `.auth.json.back.tmp`);
   for (const name of [...ours, ...others]) fs.writeFileSync(join(dir, name), "");
   const found = car.findTemporaries(join(dir, "auth.json"));
   assertEquals(found.map(({ path }) => path), ours.map((name) => join(dir, name)));
-  assertEquals(found.map(({ fingerprint }) => fingerprint), [two, one, one]);
+  assertEquals(found.map(({ fingerprint }) => fingerprint), [two, one, one, one]);
+  assertEquals(found.map(({ back }) => back), [false, true, false, false]);
   assertEquals(car.findTemporaries(join(dir, "absent", "auth.json")), []);
 });
 
@@ -712,8 +778,6 @@ async function until(what: string, holds: () => boolean, seconds = 40): Promise<
     if (Date.now() > end) throw new Error(`not within ${seconds} s: ${what}`);
   }
 }
-
-const PREFIX = /^\[codex_auth_refresh \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\] /;
 
 /** A started program. */
 class Run {
