@@ -746,6 +746,112 @@ Deno.test("durations are told in the two largest units", () => {
   for (const [seconds, text] of rows) assertEquals(car.humanize(seconds * 1000), text);
 });
 
+const RARE = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "2592000", CODEX_AUTH_STALE_AFTER_SECONDS: "31536000" };
+
+/** The loop on some homes in this process, whose clock is set forward by one of its steps with each call of `step`. */
+class Loop {
+  readonly lines: string[] = [];
+  readonly homes: { dir: string; auth: string; login: ReturnType<Mock["login"]> }[];
+  onLine: (line: string) => void = () => {};
+  hangUp = () => {};
+
+  constructor(readonly mock: Mock, name: string, ...expiries: number[]) {
+    this.homes = expiries.map((accessTokenSeconds, index) => {
+      const dir = join(scratch, `${name}${index}`);
+      const login = mock.login({ accessTokenSeconds });
+      fs.mkdirSync(dir);
+      fs.writeFileSync(join(dir, "auth.json"), authJson(login));
+      return { dir, auth: join(dir, "auth.json"), login };
+    });
+  }
+  count = (index: number, pattern: RegExp) =>
+    this.lines.filter((line) => line.startsWith(`${index} `) && pattern.test(line.slice(2))).length;
+  said = (index: number, pattern: RegExp, times = 1) =>
+    until(`${pattern} ${times} times in\n${this.lines.join("\n")}`, () => this.count(index, pattern) >= times);
+
+  async run(act: (step: () => void) => Promise<void>): Promise<void> {
+    const real = { setTimeout: globalThis.setTimeout, date: Date.now, uptime: performance.now };
+    const sleepers = new Set<() => void>();
+    let passed = 0;
+    globalThis.setTimeout = ((done: () => void, milliseconds: number) => {
+      if (milliseconds > 1000) sleepers.add(done);
+      return real.setTimeout(done, milliseconds);
+    }) as typeof setTimeout;
+    Date.now = () => real.date() + passed;
+    performance.now = () => real.uptime.call(performance) + passed;
+    const stop = new AbortController();
+    try {
+      const settings = car.readSettings({ ...RARE, [URL_NAME]: this.mock.url });
+      const homes = car.readHomes(this.homes.map(({ dir }) => dir), {});
+      const logOf = (home: car.Home): car.Log => (_level, _event, text) => {
+        this.lines.push(`${homes.indexOf(home)} ${text}`);
+        this.onLine(text);
+      };
+      const looped = car.loop(homes, settings, logOf, stop.signal, (look) => this.hangUp = look);
+      await act(() => {
+        passed += 46_000;
+        sleepers.forEach((wake) => wake());
+        sleepers.clear();
+      });
+      stop.abort();
+      await looped;
+    } finally {
+      stop.abort();
+      [globalThis.setTimeout, Date.now, performance.now] = [real.setTimeout, real.date, real.uptime];
+      await this.mock.close();
+    }
+  }
+}
+
+Deno.test("a touch changes no plan while the endpoint does not accept the token, and another login does", async () => {
+  const mock = await startMockServer();
+  const loop = new Loop(mock, "touched", -HOUR, 300 * DAY);
+  const [refused, other] = loop.homes;
+  assert(refused && other);
+  mock.next({ kind: "retry_after", value: "999999" });
+  await loop.run(async (step) => {
+    await loop.said(0, /^next check in 1\d d .*\(the endpoint asked to wait\)$/);
+    await loop.said(1, /^next check/);
+    fs.utimesSync(refused.auth, 0, 0);
+    fs.writeFileSync(other.auth, authJson(mock.login({ accessTokenSeconds: 300 * DAY })));
+    step();
+    await loop.said(1, /^no-op: fresh/, 2); // homes are looked at in turn
+    assertEquals([loop.count(0, /^next check/), mock.requests.length], [1, 1]);
+    fs.writeFileSync(refused.auth, authJson(mock.login({ accessTokenSeconds: -HOUR })));
+    step();
+    await loop.said(0, /^refresh: ok /);
+  });
+});
+
+Deno.test("a login that is written in the last moment of an attempt is noticed at the next step", async () => {
+  const mock = await startMockServer();
+  const loop = new Loop(mock, "last", 300 * DAY);
+  const login = mock.login({ accessTokenSeconds: -HOUR });
+  loop.onLine = (line) => {
+    if (!line.startsWith("next check")) return;
+    fs.writeFileSync(loop.homes[0]?.auth ?? "", authJson(login));
+    loop.onLine = () => {};
+  };
+  await loop.run(async (step) => {
+    await loop.said(0, /^next check/);
+    step();
+    await loop.said(0, /^refresh: ok /);
+    assertEquals(mock.redeemed(login.refresh_token), 1);
+  });
+});
+
+Deno.test("a SIGHUP while a request is out makes one further look", async () => {
+  const mock = await startMockServer();
+  const loop = new Loop(mock, "hung_up", -HOUR);
+  mock.onRequest = () => loop.hangUp();
+  await loop.run(async (step) => {
+    await loop.said(0, /^next check/, 2);
+    step();
+    const told = loop.lines.map((line) => line.slice(2).replace(/ (\(|in |exp_in).*/, ""));
+    assertEquals(told, ["refresh: starting", "refresh: ok", "next check", "no-op: fresh", "next check"]);
+  });
+});
+
 // ── the whole program ────────────────────────────────────────────────────────────────────────────
 
 const given = (name: string): string => {
@@ -1683,8 +1789,7 @@ const loops = (name: string, options: Options, watch: Watch, ...homes: string[])
     assertEquals(await loop.ended, 0, loop.stderr);
   });
 const env = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", CODEX_AUTH_SAFETY_MARGIN_SECONDS: "0" };
-const MONTHLY = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "2592000", CODEX_AUTH_STALE_AFTER_SECONDS: "31536000" };
-const RARELY = { env: MONTHLY, expires: 300 * DAY, age: 60 };
+const RARELY = { env: RARE, expires: 300 * DAY, age: 60 };
 const IN_A_MONTH = /^next check in 3[0-3] d/;
 
 const LOOP: Scenario[] = [
@@ -1696,27 +1801,49 @@ const LOOP: Scenario[] = [
     const connections = stage.mock.requests.map(({ connection }) => connection);
     assertEquals(new Set(connections).size, connections.length);
   }),
-  drive("a home whose answer hangs holds up no other", { answers: [late(3000)] }, async (stage) => {
+  drive("a home whose answer hangs holds up no other", {}, async (stage) => {
+    const release = hold(stage);
     const run = stage.start(stage.home, stage.plant("other").home);
     await run.said(/ refresh: ok /);
     assertEquals(stage.mock.requests.map(({ status }) => status), [null, 200]);
     run.kill("SIGTERM");
+    release();
     assertEquals(await run.ended, 0, run.stderr);
     assert(run.count(/ refresh: ok /) === 2 && stage.isNewest());
   }),
-  loops("the loop tries again after a transient failure", { env, answers: [status(503)] }, async (stage, run) => {
-    await run.said(/^refresh: ok /);
-    assertEquals(stage.mock.requests.length, 2);
-  }),
-  loops("the loop repeats that a login is dead without sending it, and goes on after a new login", {
+  loops("the loop backs off from failure to failure, and begins anew after a success", {
     env,
-    answers: [status(400, "invalid_grant")],
+    mock: { accessTokenSeconds: 1 },
+    answers: [status(503), status(502), status(503), { kind: "fields", fields: {} }, status(500)],
   }, async (stage, run) => {
-    await run.said(/PERMANENT FAILURE/, 2);
-    assertEquals(stage.mock.requests.length, 1);
-    fs.writeFileSync(stage.auth, authJson(stage.mock.login(), new Date(0)));
-    await run.said(/^refresh: ok /);
+    await run.said(/^next check/, 5);
+    const plans = run.messages.flatMap((line) => /^next check in [12] s \((.*)\)$/.exec(line)?.[1] ?? []);
+    const [one, two, three] = [1, 2, 3].map((failures) => `backoff after failure ${failures}`);
+    assertEquals<unknown[]>(plans.slice(0, 5), [one, two, three, "token enters its margin", one]);
+    assertEquals(stage.mock.requests.length, 5);
   }),
+  loops("the loop does as the endpoint's Retry-After says", {
+    env: { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "3600" },
+    answers: [{ kind: "retry_after", value: "9" }],
+  }, async (_, run) => await run.said(/^next check in (9|1[0-4]) s \(the endpoint asked to wait\)$/)),
+  ...[true, false].map((remembers) =>
+    loops(
+      `the loop repeats that a login is dead without sending it${
+        remembers ? "" : ", with no status file to remember it"
+      }`,
+      {
+        env,
+        answers: [status(400, "invalid_grant")],
+        prepare: ({ home }) => remembers ? undefined : fs.mkdirSync(join(home, STATUS_NAME)),
+      },
+      async (stage, run) => {
+        await run.said(/PERMANENT FAILURE/, 2);
+        assertEquals(stage.mock.requests.length, 1);
+        fs.writeFileSync(stage.auth, authJson(stage.mock.login(), new Date(0)));
+        await run.said(/^refresh: ok /);
+      },
+    )
+  ),
   loops("the loop sends a token again after a 401 without a code", { env, answers: [status(401)] }, async (_, run) => {
     await run.said(/^refresh: ok /);
   }),
@@ -1726,8 +1853,41 @@ const LOOP: Scenario[] = [
     stage.plant("later");
     await run.said(/^refresh: ok /);
   }, "later"),
+  ...Object.entries({ fresh: FRESH, "due but good": { expires: HOUR, age: 60 } }).map(([what, login]) =>
+    loops(`an answer that a killed run left is stored at once by a loop on a login that is ${what}`, {
+      ...login,
+      prepare: (stage) => void stage.leave(whole),
+    }, async (stage, run) => {
+      await run.said(/^refresh: ok \(rolled forward\)$/);
+      assertEquals([run.lines.length >= 2, run.messages[1]], [true, "refresh: ok (rolled forward)"]);
+      assertEquals([stage.temporaries(), stage.mock.requests.length], [[], 0]);
+    })
+  ),
+  loops(
+    "a login that waits at the start has its next run in the status file",
+    { expires: HOUR, age: 60 },
+    async (stage, run) => {
+      await run.said(/^next check in \d+ s \(spread\)$/);
+      await until("a status file", () => stage.text(join(stage.home, STATUS_NAME)) !== null);
+      const wait = Date.parse(String(stage.status().next_run_iso)) - Date.now();
+      assert(stage.status().runs_total === 0 ? wait <= 60_000 : wait > 0, `${wait}`);
+    },
+  ),
+  drive("a file that cannot be read is tried again by and by", { ...FRESH, env, forms: startable }, async (stage) => {
+    if (ROOT) belong(stage);
+    fs.chmodSync(stage.auth, 0);
+    const run = stage.spawn([...NOBODY, ...FORMS[stage.form] ?? []]);
+    await run.said(/^next check in \d s \(backoff after failure 2\)$/);
+    assert(run.says("no-op: unreadable:EACCES"), run.stderr);
+    fs.chmodSync(stage.auth, 0o600);
+    await run.said(/^no-op: fresh /);
+    await run.said(/^next check in 1 s \(interval\)$/);
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
+  }),
   loops("SIGHUP makes the loop look now, though it looks once a month", RARELY, async (stage, run) => {
-    await run.said(IN_A_MONTH);
+    await run.said(IN_A_MONTH); // which is said before it is written
+    await until("a status file", () => stage.text(join(stage.home, STATUS_NAME)) !== null);
     const days = (Date.parse(String(stage.status().next_run_iso)) - Date.now()) / 1000 / DAY;
     assert(days > 29.9 && days < 33.1, `${days}`);
     run.kill("SIGHUP");
@@ -1737,32 +1897,40 @@ const LOOP: Scenario[] = [
   ...[0, 99].map((length) =>
     loops(
       `a file that is ${length ? "cut off" : "empty"} while it is rewritten is read again`,
-      RARELY,
+      { ...RARELY, skip: !TELLS_READS },
       async (stage, run) => {
         await run.said(IN_A_MONTH);
         const text = stage.text() ?? "";
         fs.writeFileSync(stage.auth, text.slice(0, length));
+        const read = readLater(stage.auth);
         run.kill("SIGHUP");
-        await sleep(150); // as slow as a writer may be
+        await until("a look at what is not whole", read);
         fs.writeFileSync(stage.auth, text);
         await run.said(IN_A_MONTH, 2);
         assertEquals(run.count(/^no-op: fresh /), 2, run.stderr);
       },
     )
   ),
-  ...[["--once"], []].map((flags) =>
-    drive(`SIGTERM while a request is out ends ${flags[0] ?? "the loop"} when the answer is stored, a second one too`, {
-      answers: [late(2000)],
-    }, async (stage) => {
-      const run = stage.start(...flags);
-      await until("a request", () => stage.mock.requests.length === 1);
-      run.kill("SIGTERM");
-      await run.said(/SIGTERM/);
-      run.kill("SIGTERM");
-      run.kill("SIGINT");
-      await stage.expect(run, "0 refreshed");
-      assert(stage.isNewest() && stage.mock.requests.length === 1);
-    })
+  ...([["SIGTERM", "--once"], ["SIGHUP", "--once"], ["SIGTERM"]] as [Deno.Signal, ...string[]][]).map((
+    [signal, ...flags],
+  ) =>
+    drive(
+      `${signal} while a request is out ends ${flags[0] ?? "the loop"} when the answer is stored, others too`,
+      {},
+      async (
+        stage,
+      ) => {
+        const release = hold(stage);
+        const run = stage.start(...flags);
+        await until("a request", () => stage.mock.requests.length === 1);
+        run.kill(signal);
+        await run.said(new RegExp(signal));
+        for (const further of ["SIGTERM", "SIGINT", "SIGHUP"] as const) run.kill(further);
+        release();
+        await stage.expect(run, "0 refreshed");
+        assert(stage.isNewest() && stage.mock.requests.length === 1);
+      },
+    )
   ),
   drive("SIGTERM ends the pause before a lost answer is asked for again, and it is not", {
     answers: [lost("before"), lost("before")],
@@ -1774,10 +1942,6 @@ const LOOP: Scenario[] = [
     assertEquals([await run.ended, stage.mock.requests.length], [2, 2]);
     assert(Date.now() - since < 3500, "the pause took its time");
   }),
-  loops("the endpoint's Retry-After reaches the plan", {
-    env: { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "3600" },
-    answers: [{ kind: "retry_after", value: "9" }],
-  }, async (_, run) => await run.said(/^next check in (9|1[0-4]) s \(the endpoint asked to wait\)$/)),
 ];
 
 const printed = (name: string, args: string[], check: (text: string, stage: Stage) => void): Scenario =>
