@@ -770,7 +770,7 @@ class Loop {
     until(`${pattern} ${times} times in\n${this.lines.join("\n")}`, () => this.count(index, pattern) >= times);
 
   async run(act: (step: () => void) => Promise<void>): Promise<void> {
-    const real = { setTimeout: globalThis.setTimeout, date: Date.now, uptime: performance.now };
+    const real = { setTimeout: globalThis.setTimeout, date: Date.now, uptime: performance.now, random: Math.random };
     const sleepers = new Set<() => void>();
     let passed = 0;
     globalThis.setTimeout = ((done: () => void, milliseconds: number) => {
@@ -779,6 +779,7 @@ class Loop {
     }) as typeof setTimeout;
     Date.now = () => real.date() + passed;
     performance.now = () => real.uptime.call(performance) + passed;
+    Math.random = () => 0.5;
     const stop = new AbortController();
     try {
       const settings = car.readSettings({ ...RARE, [URL_NAME]: this.mock.url });
@@ -798,25 +799,31 @@ class Loop {
     } finally {
       stop.abort();
       [globalThis.setTimeout, Date.now, performance.now] = [real.setTimeout, real.date, real.uptime];
+      Math.random = real.random;
       await this.mock.close();
     }
   }
 }
 
-Deno.test("a touch changes no plan while the endpoint does not accept the token, and another login does", async () => {
+Deno.test("a plan is in the status file at the start, and a touch changes none while the token is not accepted", async () => {
   const mock = await startMockServer();
-  const loop = new Loop(mock, "touched", -HOUR, 300 * DAY);
+  const loop = new Loop(mock, "touched", HOUR, 300 * DAY);
   const [refused, other] = loop.homes;
   assert(refused && other);
   mock.next({ kind: "retry_after", value: "999999" });
   await loop.run(async (step) => {
-    await loop.said(0, /^next check in 1\d d .*\(the endpoint asked to wait\)$/);
+    await loop.said(0, /^next check in 30 s \(spread\)$/);
     await loop.said(1, /^next check/);
+    const { next_run_iso, runs_total } = car.readStatus(join(refused.dir, STATUS_NAME));
+    const wait = Date.parse(String(next_run_iso)) - Date.now();
+    assert(runs_total === 0 && wait > 0 && wait <= 30_000, `${wait}`);
+    step();
+    await loop.said(0, /^next check in 1\d d .*\(the endpoint asked to wait\)$/);
     fs.utimesSync(refused.auth, 0, 0);
     fs.writeFileSync(other.auth, authJson(mock.login({ accessTokenSeconds: 300 * DAY })));
     step();
     await loop.said(1, /^no-op: fresh/, 2); // homes are looked at in turn
-    assertEquals([loop.count(0, /^next check/), mock.requests.length], [1, 1]);
+    assertEquals([loop.count(0, /^next check/), mock.requests.length], [2, 1]);
     fs.writeFileSync(refused.auth, authJson(mock.login({ accessTokenSeconds: -HOUR })));
     step();
     await loop.said(0, /^refresh: ok /);
@@ -1863,16 +1870,6 @@ const LOOP: Scenario[] = [
       assertEquals([stage.temporaries(), stage.mock.requests.length], [[], 0]);
     })
   ),
-  loops(
-    "a login that waits at the start has its next run in the status file",
-    { expires: HOUR, age: 60 },
-    async (stage, run) => {
-      await run.said(/^next check in \d+ s \(spread\)$/);
-      await until("a status file", () => stage.text(join(stage.home, STATUS_NAME)) !== null);
-      const wait = Date.parse(String(stage.status().next_run_iso)) - Date.now();
-      assert(stage.status().runs_total === 0 ? wait <= 60_000 : wait > 0, `${wait}`);
-    },
-  ),
   drive("a file that cannot be read is tried again by and by", { ...FRESH, env, forms: startable }, async (stage) => {
     if (ROOT) belong(stage);
     fs.chmodSync(stage.auth, 0);
@@ -1962,7 +1959,10 @@ const VARIABLES = [
 const MISTAKES = [["--onse"], ["--once", "-x"], ["--once=false"], ["--force"], ["--json"], ["--once", "--status"], [
   "",
 ]];
-MISTAKES.push(["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["--once", "true"], ["--once", "--force=1"]);
+MISTAKES.push(["--on\nse"], ["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["--once", "true"], [
+  "--once",
+  "--force=1",
+]);
 MISTAKES.push(["--listen"], ["--listen", "here"], ["--listen=1.2.3.4:65536"], ["--listen", "80", "--once"]);
 MISTAKES.push(["--status", "--json", "--verbose"], ["--health", "--metrics"], ["--once", "--verbose"]);
 const TRAPS = {
@@ -1989,7 +1989,7 @@ const MAIN: Scenario[] = [
     assertEquals(status.last_refresh, (JSON.parse(stage.text() ?? "") as Fields).last_refresh);
     assert(Number(status.last_refresh_age_seconds) >= 9 * DAY);
   }),
-  ...MISTAKES.map((args) => ({ name: `it is a mistake to say "${args.join(" ")}"`, args, exit: 64 })),
+  ...MISTAKES.map((args) => ({ name: `it is a mistake to say ${JSON.stringify(args.join(" "))}`, args, exit: 64 })),
   drive("what comes after -- is a home", {}, async (stage) => {
     const { home } = stage.plant("--once");
     await stage.start("--once", "--", "--once", "true").ended;
@@ -2048,6 +2048,23 @@ const MAIN: Scenario[] = [
       }
     },
   ),
+  drive("a reader of stdout that has gone is no failure", {}, async (stage) => {
+    const gone = 'mkfifo "$0"; exec 9<>"$0" 8>"$0" 9<&-; exec "$@" >&8';
+    for (const mode of ["--status", "--metrics", "--help"]) {
+      const command = ["sh", "-c", gone, join(stage.dir, `pipe${mode}`), ...FORMS[stage.form] ?? [], mode];
+      const run = stage.spawn(command);
+      assertEquals([await run.ended, run.stderr], [0, ""], mode);
+    }
+  }),
+  drive("a home whose folder cannot be entered does not stop another", { forms: startable }, async (stage) => {
+    if (ROOT) belong(stage);
+    const locked = join(stage.dir, "locked");
+    fs.mkdirSync(locked, { mode: 0 });
+    const run = stage.spawn([...NOBODY, ...FORMS[stage.form] ?? [], "--once", join(locked, "home"), stage.home]);
+    await stage.expect(run, "0 refreshed");
+    assert(run.says(`[${join(locked, "home")}] no-op: unreadable:EACCES`) && stage.isNewest(), run.stderr);
+    fs.chmodSync(locked, 0o755);
+  }),
   drive("a slow reader of a pipe that does not block gets all of it", {}, async (stage) => {
     const homes = Array.from({ length: 150 }, (_, index) => join(stage.dir, `home${index}`));
     // dd leaves the pipe as one that does not block.
@@ -2105,6 +2122,11 @@ const MAIN: Scenario[] = [
     (_, { lines }) => {
       const objects = lines.map((line) => JSON.parse(line) as Fields);
       assertEquals(objects.map(({ level }) => level), ["info", "info"]);
+      const keys = objects.map((each) => Object.keys(each).sort().join(" "));
+      assertEquals(keys, [
+        "endpoint event home level message reasons time",
+        "event home http level message rotated time",
+      ]);
       for (const { time, message } of objects) assert(Date.parse(String(time)) > 0 && message !== "");
       assertMatch(String(objects[0]?.reasons), /^exp_in=-36\d\ds<=14400s,last_refresh_age=7776\d\ds>=604800s$/);
       assertEquals([objects[1]?.http, objects[1]?.rotated], ["200", "id_token,access_token,refresh_token"]);
