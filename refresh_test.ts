@@ -1949,6 +1949,53 @@ const printed = (name: string, args: string[], check: (text: string, stage: Stag
     assertEquals([fs.readdirSync(stage.home), stage.mock.requests.length], [before, 0]);
     check(run.stdout, stage);
   });
+/** What `--status` prints, without the line breaks that a long path makes, and the path. */
+const shown = ({ dir }: Stage, text: string) => `\n${text.replace(/\n {4}/g, " ").replaceAll(dir, "DIR")}`;
+/** The status file of a home that was refreshed two hours ago, and is looked at again in three. */
+function writeRun(home: string): void {
+  const iso = (seconds: number) => new Date(Date.now() + seconds * 1000).toISOString();
+  const [ran, next_run_iso] = [iso(-2 * HOUR - 330), iso(3 * HOUR + 59)];
+  const totals = { runs_total: 7, refreshes_total: 5, failures_total: 2 };
+  const run = { watchdog_last_outcome: "refreshed", watchdog_last_run_iso: ran, last_success_iso: ran, next_run_iso };
+  fs.writeFileSync(join(home, STATUS_NAME), JSON.stringify({ ...run, ...totals }));
+}
+const NEVER_RUN = `
+DIR/home: unhealthy, the access token expired 1 h ago
+
+  login          plan pro, account 00000000-0000-4000-8000-000000000001
+  access token   [--------------------] expired
+  refresh token  9 d old
+  last run       never
+  last refresh   never
+  failures       0 in a row, 0 of 0 runs
+  next run       not planned
+  to do: start the watchdog, it has never run here
+`;
+const ALL_RIGHT = `
+DIR/home: healthy, fresh
+
+  login          plan pro, account 00000000-0000-4000-8000-000000000001
+  access token   [##########----------] 5 d left
+  refresh token  2 h 30 min old
+  last run       2 h 5 min ago refreshed
+  last refresh   2 h 5 min ago
+  failures       0 in a row, 2 of 7 runs
+  next run       in 3 h
+`;
+const THREE_HOMES = `
+state     home                  access token     last run          next run
+unhealthy …a-login-that-expired expired          never             -
+  to do: start the watchdog, it has never run here
+healthy   …me-that-is-all-right 10 d left        2 h 5 min ago     in 3 h
+inert     …me-without-any-login unknown          never             -
+`;
+const HAS_SCRIPT = (() => {
+  try {
+    return output("script", "--version").includes("util-linux");
+  } catch {
+    return false;
+  }
+})();
 const FLAGS = ["--once", "--force", "--status", "--json", "--verbose", "--health", "--metrics", "--listen"];
 FLAGS.push("--help", "-h", "--version", "-V");
 const VARIABLES = [
@@ -1979,11 +2026,41 @@ const MAIN: Scenario[] = [
   printed("the version names the engine", ["--version"], (text) => {
     assertMatch(text, /^codex_auth_refresh \d+\.\d+\.\d+ \((bun|deno) [\d.]+\)\n$/);
   }),
-  printed(
-    "the status asks nobody and changes nothing",
-    ["--status"],
-    (text, { home }) => assert(text.includes(home), text),
-  ),
+  printed("the status asks nobody and changes nothing", ["--status"], (text, stage) => {
+    assertEquals(shown(stage, text), NEVER_RUN);
+  }),
+  drive("--status tells people how a home stands", {
+    age: 2 * HOUR + 1830,
+    edit: (it) => {
+      const now = Math.floor(Date.now() / 1000);
+      it.tokens.access_token = jwt({ iat: now - 5 * DAY, exp: now + 5 * DAY + 1800 });
+    },
+  }, async (stage) => {
+    writeRun(stage.home);
+    const run = stage.start("--status");
+    assertEquals([await run.ended, run.stderr], [0, ""]);
+    assertEquals(shown(stage, run.stdout), ALL_RIGHT);
+  }),
+  drive("--status tells people how several homes stand, the worst first", {}, async (stage) => {
+    const none = join(stage.dir, "a-home-without-any-login");
+    fs.mkdirSync(none);
+    const good = stage.plant("a-home-that-is-all-right", 10 * DAY + 1800, 60).home;
+    writeRun(good);
+    const run = stage.start("--status", none, good, stage.plant("a-home-with-a-login-that-expired").home);
+    assertEquals([await run.ended, run.stderr], [0, ""]);
+    assertEquals(shown(stage, run.stdout), THREE_HOMES);
+  }),
+  drive("--status has colours on a terminal, but with NO_COLOR", { ...FRESH, skip: !HAS_SCRIPT }, async (stage) => {
+    const command = FORMS[stage.form]?.map((word) => `'${word}'`).join(" ");
+    const line = "DIR/home: healthy, fresh";
+    const rows: [Record<string, string>, string][] = [[{}, `^[32m${line}^[0m`], [{ NO_COLOR: "1" }, line]];
+    for (const [env, state] of rows) {
+      const run = stage.spawn(["sh", "-c", 'script -qec "$0 $1" /dev/null', String(command), "--status"], env);
+      assertEquals(await run.ended, 0, run.stdout);
+      const [, first, ...others] = shown(stage, run.stdout.replaceAll("\r", "")).replaceAll("\x1b", "^").split("\n");
+      assertEquals([first, others.some((line) => line.includes("^"))], [state, false]);
+    }
+  }),
   printed("the status comes as JSON for machines", ["--status", "--json"], (text, stage) => {
     const status = JSON.parse(text) as Fields;
     assertEquals(status.last_refresh, (JSON.parse(stage.text() ?? "") as Fields).last_refresh);
