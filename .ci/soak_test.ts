@@ -7,6 +7,7 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { join, resolve } from "node:path";
+import { DatabaseSync } from "node:sqlite";
 import { authJson, type Behaviour, type MockOptions, type MockServer, startMockServer } from "../mock_server.ts";
 
 const EXE = Deno.env.get("CAR_EXE") ?? resolve(import.meta.dirname!, "../dist/codex_auth_refresh");
@@ -329,6 +330,45 @@ scenario("a login that is not ours to refresh is waited out, and SIGTERM ends it
   await dog.says(/no-op: auth_mode=apikey/, 10);
   await sleep(3);
   assert(dog.lines.length <= 6, `${dog.lines.length} lines in three seconds`);
+});
+
+scenario("an endpoint that never answers is given up after a minute and two requests", async () => {
+  await using mock = await server();
+  mock.always({ kind: "hang" });
+  const dir = home("hangs", login(mock, -DAY));
+  const began = performance.now();
+  const { code } = await new Watchdog(mock, ["--once", dir]).child.status;
+  const seconds = (performance.now() - began) / SECOND;
+  assertEquals([code, outcome(dir), mock.requests.length], [2, "fail:transient_000", 2]);
+  console.log(`an endpoint that never answers: given up after ${seconds.toFixed(1)} s`);
+  assert(seconds >= 58 && seconds <= 70, `${seconds} s`);
+});
+
+scenario("an answer whose body drips is cut off after half a minute, though it moves", async () => {
+  await using mock = await server();
+  mock.graceMilliseconds = Infinity;
+  mock.next({ kind: "drip", millisecondsPerByte: 100 }); // over a minute for all of it
+  const dir = home("drips", login(mock, -DAY));
+  const { code } = await new Watchdog(mock, ["--once", dir]).child.status;
+  const [first, second] = mock.requests;
+  const seconds = ((second?.at ?? NaN) - (first?.at ?? NaN)) / SECOND - 1; // and a second's pause
+  assertEquals([code, outcome(dir), mock.requests.length], [0, "refreshed", 2]);
+  console.log(`a body that drips: cut off after ${seconds.toFixed(1)} s`);
+  assert(seconds >= 29.5 && seconds <= 34, `${seconds} s`);
+});
+
+scenario("a lock that is never free is waited for three minutes, without a request", async () => {
+  await using mock = await server();
+  const dir = home("locked", login(mock, -DAY));
+  const lock = new DatabaseSync(join(dir, "auth.json.lock"));
+  lock.exec("BEGIN EXCLUSIVE");
+  const began = performance.now();
+  const { code } = await new Watchdog(mock, ["--once", dir]).child.status;
+  const seconds = (performance.now() - began) / SECOND;
+  lock.close();
+  assertEquals([code, outcome(dir), mock.requests.length], [2, "fail:locked", 0]);
+  console.log(`a lock that is never free: given up after ${seconds.toFixed(1)} s`);
+  assert(seconds >= 175 && seconds <= 190, `${seconds} s`);
 });
 
 // A soak -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@
  *
  * @module
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
 import { DatabaseSync } from "node:sqlite";
@@ -339,6 +339,112 @@ Deno.test("a torn temporary file does not hide a whole one", async () => {
   }
 });
 
+/** A temporary file, as we write it, with the answer for the token in auth.json, which is spent. */
+async function leftBehind(scene: Scene, path = scene.temporary()): Promise<string> {
+  const fresh = await scene.redeem();
+  scene.write(path, authJson(fresh).replace("{", '{\n  "kept": 1.0e2,').trimEnd());
+  return path;
+}
+
+Deno.test("a temporary file is rolled forward whatever link or owner of ours it has", async (t) => {
+  const cases: Record<string, (scene: Scene, path: string) => void> = {
+    "a second hard link": (scene, path) => Deno.linkSync(path, `${scene.root}/second`),
+    "root's, auth.json somebody else's": (scene) => nobody(scene.home, scene.auth),
+    "of auth.json's owner, who is not root": (scene, path) => nobody(scene.home, scene.auth, path),
+  };
+  for (const [name, arrange] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      await using scene = await Scene.open();
+      arrange(scene, await leftBehind(scene));
+      const { code, said } = await scene.once();
+      assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 0], said);
+      scene.assertRefreshed(said);
+    });
+  }
+});
+
+/** Neither root nor whoever owns auth.json. */
+const STRANGER = 4321;
+
+Deno.test("a temporary file of a stranger that may hold the newest login is neither used nor deleted", async () => {
+  await using scene = await Scene.open();
+  const path = await leftBehind(scene);
+  Deno.chownSync(path, STRANGER, STRANGER);
+  const theirs = textOf(path);
+  const { code, said } = await scene.once();
+  assertEquals([code, scene.mock.requests.length], [2, 0], said);
+  assertMatch(scene.status, /^fail:preflight /);
+  assert(said.includes(path), said);
+  assertEquals([textOf(scene.auth), textOf(path)], [scene.text, theirs], said);
+});
+
+Deno.test("a temporary file of a stranger that grew from another token is deleted", async () => {
+  await using scene = await Scene.open();
+  const path = scene.temporary("another");
+  scene.write(path, scene.text.replace(scene.old.refresh_token, "rt_of_the_stranger"));
+  Deno.chownSync(path, STRANGER, STRANGER);
+  const { code, said } = await scene.once();
+  assertEquals([code, scene.mock.requests.length], [0, 1], said);
+  scene.assertRefreshed(said);
+});
+
+Deno.test("a symlink in a temporary file's place is deleted, and not followed", async () => {
+  await using scene = await Scene.open();
+  const outside = `${scene.root}/outside`;
+  const theirs = scene.text.replace(scene.old.refresh_token, "rt_of_the_stranger");
+  scene.write(outside, `${theirs}\n\n`);
+  Deno.symlinkSync("../outside", scene.temporary());
+  const { code, said } = await scene.once();
+  assertEquals([code, scene.mock.requests.length, textOf(outside)], [0, 1, `${theirs}\n\n`], said);
+  scene.assertRefreshed(said);
+});
+
+// strace would count the calls of each thread by itself, so here the journal can never be synced at all. It is removed
+// last; the process is killed there, and what it has left by then is looked at.
+Deno.test("a temporary file that cannot be synced is written anew beside it, and stays until the end", async () => {
+  await using scene = await Scene.open();
+  const path = await leftBehind(scene);
+  const log = `${scene.root}/trace`;
+  const faults = ["inject=fsync,fdatasync:error=EIO", "inject=unlink,unlinkat:signal=KILL"];
+  const { signal, said } = await scene.once({}, [
+    "strace",
+    "-f",
+    "-o",
+    log,
+    ...faults.flatMap((it) => ["-e", it]),
+    "-P",
+    path,
+  ]);
+  assertEquals([signal, scene.temporaries.length], ["SIGKILL", 1], said);
+  assertEquals(JSON.parse(textOf(scene.auth)).tokens.refresh_token, scene.mock.newest(scene.old.refresh_token), said);
+  const { length } = callsOf(textOf(log)).filter((call) => /^f(data)?sync\(/.test(call));
+  assertEquals(length, 1, "it is not synced again, which might claim what the first sync could not do");
+  const next = await scene.once();
+  assertEquals([next.code, scene.mock.requests.length], [1, 0], next.said);
+  scene.assertRefreshed(next.said);
+});
+
+// The first rename is into auth.json, or, where that has changed since, of the second temporary file over the first.
+Deno.test("killed at its rename again and again it piles nothing up, and stores the answer in the end", async () => {
+  await each(["auth.json is as it was", "auth.json changes each time"], async (how) => {
+    await using scene = await Scene.open();
+    const changes = how.includes("changes");
+    for (let round = 0; round < 12; round++) {
+      if (changes) scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", `{"during":0,`)));
+      const faults = strace([scene.auth, ...scene.candidates], "-e", "inject=/^rename:signal=KILL");
+      const { signal, said } = await scene.once({}, faults);
+      assertEquals([signal, scene.mock.requests.length], ["SIGKILL", 1], said);
+      const count = scene.temporaries.length;
+      assert(count === 1 || changes && count === 2, `${count} temporary files after round ${round}`);
+      if (changes) scene.write(scene.auth, scene.text.replace("{", `{"round":${round},`));
+    }
+    const { code, said } = await scene.once();
+    assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], said);
+    scene.assertRefreshed(said);
+    if (changes) assertEquals(JSON.parse(textOf(scene.auth)).round, 11, said);
+  });
+});
+
 Deno.test("what is no file in the place of auth.json is neither waited for nor touched", async (t) => {
   const cases: Record<string, string> = {
     "a folder": 'mkdir "$1"',
@@ -399,6 +505,42 @@ Deno.test("a writer that is only slow while the answer is on its way keeps its l
   assertEquals(scene.temporaries, [], said);
 });
 
+/** How somebody writes another login into auth.json, which they have truncated. */
+const SLOW: Record<string, (file: Deno.FsFile, text: string) => Promise<void>> = {
+  async "all of it, a second and a half later"(file, text) {
+    await new Promise((resolve) => setTimeout(resolve, 1500));
+    file.writeSync(new TextEncoder().encode(text));
+  },
+  async "a byte at a time"(file, text) {
+    for (const byte of new TextEncoder().encode(text)) {
+      file.writeSync(new Uint8Array([byte]));
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
+  },
+};
+
+Deno.test("a writer that is slower than we wait before the store keeps its login too", async () => {
+  const pins = { "under a rename": () => {}, "in place": PINNED["a second hard link"]! };
+  const cases = Object.entries(pins).flatMap(([where, pin]) =>
+    Object.entries(SLOW).map(([how, write]) => ({ where, pin, how, write }))
+  );
+  await each(cases, async ({ pin, write }) => {
+    await using scene = await Scene.open();
+    pin(scene);
+    const other = authJson(scene.mock.login()).trimEnd();
+    let done: Promise<void> | null = null;
+    scene.meanwhile(() => {
+      const file = Deno.openSync(scene.auth, { write: true, truncate: true });
+      done = write(file, other).finally(() => file.close());
+    });
+    const { code, said } = await scene.once(IN_PLACE);
+    assert(done !== null, said);
+    await done;
+    assertEquals([code, scene.status.split(" ")[0], textOf(scene.auth)], [1, "superseded", other], said);
+    assertEquals(scene.temporaries, [], said);
+  }, ({ where, how }) => `${where}, ${how}`);
+});
+
 // A short write cannot be injected honestly: strace can return a smaller number, but not write that much. A limit on
 // the size of files makes the kernel itself take a part, and then nothing until it is lifted.
 Deno.test("an answer of which the disk takes only a part is written again until it is whole", async () => {
@@ -432,6 +574,23 @@ Deno.test("after a failed fsync the answer is written again, to a fresh file", a
   await traced;
   const { length } = textOf(log).match(/f(data)?sync\(.*INJECTED|sync resumed.*INJECTED/g) ?? [];
   assertEquals([code, length], [0, 1], said);
+  scene.assertRefreshed(said);
+});
+
+Deno.test("after a failed fsync an auth.json that is rewritten in place is written again", async () => {
+  await using scene = await Scene.open();
+  PINNED["a second hard link"]!(scene);
+  const log = `${scene.root}/trace`;
+  const running = scene.start(["--once"], IN_PLACE);
+  let traced: Promise<unknown> = Promise.resolve();
+  scene.meanwhile(() => {
+    traced = attach(running, log, "-e", "inject=fsync,fdatasync:error=EIO:when=1", "-P", scene.auth);
+  });
+  const { code, said } = await running.ended;
+  await traced;
+  const calls = callsOf(textOf(log)).flatMap((call) => /^(ftruncate|p?write|f(?:data)?sync)/.exec(call)?.[1] ?? []);
+  assertMatch(calls.join(" "), /^ftruncate p?write fd?a?t?a?sync( ftruncate p?write fd?a?t?a?sync)+$/, textOf(log));
+  assertEquals(code, 0, said);
   scene.assertRefreshed(said);
 });
 
@@ -525,6 +684,9 @@ interface Refused {
   under?: (scene: Scene) => string[];
 }
 
+/** So many numbers, 100 levels deep: compact, each takes two bytes; indented, over two hundred. */
+const nested = (count: number) => "[".repeat(100) + Array(count).fill(1) + "]".repeat(100);
+
 const nobody = (...paths: string[]) => paths.forEach((path) => Deno.chownSync(path, NOBODY, NOBODY));
 
 const REFUSED: Record<string, Refused> = {
@@ -610,6 +772,31 @@ const REFUSED: Record<string, Refused> = {
     },
     under: () => UNPRIVILEGED,
   },
+  "a lock of our own that may only be read": {
+    because: /auth\.json\.lock cannot be locked/,
+    arrange(scene) {
+      scene.write(`${scene.auth}.lock`, "");
+      Deno.chmodSync(`${scene.auth}.lock`, 0o444);
+      nobody(scene.home, scene.auth, `${scene.auth}.lock`);
+    },
+    under: () => UNPRIVILEGED,
+  },
+  "a lock of somebody else that all may read": {
+    because: /auth\.json\.lock cannot be locked: no permission, it is user 0's/,
+    arrange(scene) {
+      nobody(scene.home, scene.auth);
+      scene.write(`${scene.auth}.lock`, "");
+      Deno.chmodSync(`${scene.auth}.lock`, 0o644);
+    },
+    under: () => UNPRIVILEGED,
+  },
+  "an immutable lock": {
+    because: /auth\.json\.lock cannot be locked/,
+    arrange(scene) {
+      scene.write(`${scene.auth}.lock`, "");
+      scene.immutable(`${scene.auth}.lock`);
+    },
+  },
   "a folder in the lock's place": {
     because: /auth\.json\.lock/,
     arrange: (scene) => Deno.mkdirSync(`${scene.auth}.lock`),
@@ -621,6 +808,10 @@ const REFUSED: Record<string, Refused> = {
   "an immutable directory": {
     because: /immutable/,
     arrange: (scene) => scene.immutable(scene.home),
+  },
+  "a file that would pass the limit once it is indented": {
+    because: /too large/,
+    arrange: (scene) => scene.write(scene.auth, scene.text.replace("{", `{"deep":${nested(90_000)},`)),
   },
   "a mount point from another file system": {
     because: /mount point.*Mount the directory.*CODEX_AUTH_IN_PLACE=1/,
@@ -667,14 +858,29 @@ Deno.test("no token is spent where its answer cannot be stored, and the message 
     await t.step(name, async () => {
       await using scene = await Scene.open();
       arrange(scene);
+      const before = textOf(scene.auth);
       const { code, said } = await scene.once({}, under?.(scene));
       assertEquals(code, 2, said);
       const [line = ""] = said.match(/.*not started.*/) ?? [];
       assertMatch(line, because);
       if (scene.status) assertMatch(scene.status, /^fail:preflight /);
-      scene.assertUntouched(said);
+      scene.assertUntouched(said, before);
     });
   }
+});
+
+Deno.test("in an append-only directory, where nothing can be renamed, no token is spent", async () => {
+  await using scene = await Scene.open();
+  sh('chattr +a "$1"', scene.home);
+  scene.undo('chattr -a "$1"', scene.home);
+  const { code, said } = await scene.once();
+  assertEquals([code, scene.mock.requests.length, textOf(scene.auth)], [2, 0, scene.text], said);
+  assertMatch(said, /not started.*not permitted/);
+  // What was tried there could not be removed. It is as soon as that is possible.
+  sh('chattr -a "$1"', scene.home);
+  const next = await scene.once();
+  assertEquals(next.code, 0, next.said);
+  scene.assertRefreshed(next.said);
 });
 
 Deno.test("a file that only others may read is no login of ours", async () => {
@@ -784,6 +990,8 @@ Deno.test("a rewrite in place that is killed halfway is finished by the next sta
     const killed = await running.ended;
     await traced;
     assertEquals([killed.signal, scene.mock.requests.length], ["SIGKILL", 1], killed.said);
+    // Cut off, it must not look whole: else the next start would believe it and remove the journal.
+    if (calls.includes("write")) assertThrows(() => JSON.parse(textOf(scene.auth)), SyntaxError);
     scene.write(scene.auth, lost(textOf(scene.auth)));
     const finished = textOf(scene.auth).includes(scene.mock.newest(scene.old.refresh_token));
     const { code, said } = await scene.once(IN_PLACE);
@@ -802,6 +1010,42 @@ Deno.test("the reserved room holds the answer when the disk fills up before it a
   assertEquals(code, 0, said);
   assertMatch(said, /refresh: ok/);
   scene.assertRefreshed(said);
+});
+
+Deno.test("the reserved room holds a document that grows a lot when it is indented", async () => {
+  await using scene = await Scene.open();
+  scene.tmpfs(scene.home, "size=2m");
+  scene.write(scene.auth, scene.text.replace("{", `{"deep":${nested(3000)},`));
+  scene.meanwhile(() => fill(scene.home));
+  const { code, said } = await scene.once();
+  assertEquals(code, 0, said);
+  scene.assertRefreshed(said);
+  assert(Deno.statSync(scene.auth).size > 500_000, "it has grown");
+});
+
+Deno.test("nothing of the reserved room is left in auth.json", async (t) => {
+  const ROOM = "\n".repeat(1 << 17);
+  const cases: Record<string, (scene: Scene) => Promise<unknown>> = {
+    "after a refresh": () => Promise.resolve(),
+    "after another field came meanwhile": (scene) =>
+      Promise.resolve(scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", '{"theirs":1,')))),
+    "after a kill between the answer and the cut, and a writer that died": async (scene) => {
+      const path = await leftBehind(scene);
+      scene.write(path, textOf(path) + ROOM);
+      scene.write(scene.auth, "");
+    },
+  };
+  for (const [name, arrange] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      await using scene = await Scene.open();
+      await arrange(scene);
+      const { code, said } = await scene.once();
+      assertEquals(code, 0, said);
+      scene.assertRefreshed(said);
+      assert(textOf(scene.auth).endsWith("}"), said);
+      assert(Deno.statSync(scene.auth).size < 16 << 10, said);
+    });
+  }
 });
 
 /** An answer larger than any room that is reserved for it. */
@@ -834,30 +1078,88 @@ Deno.test("an answer that is larger than the room waits for the disk, and is not
   }
 });
 
-Deno.test("after a minute of trying --once gives up, and so does the loop after a SIGTERM", async () => {
-  const give = async (args: string[], started: number) => {
-    await using scene = await Scene.open();
-    let asked = false;
-    scene.meanwhile(() => {
-      asked = true;
-      scene.immutable(scene.home);
-    });
-    const running = scene.start(args);
-    await until(() => asked, "the request");
-    if (args.length === 0) running.kill("SIGTERM");
-    const { code, said } = await running.ended;
-    assert(Date.now() - started > 55_000, said);
-    assertEquals(code, args.length === 0 ? 0 : 2, said);
-    const { [0]: kept } = scene.temporaries;
-    assert(said.includes(`${scene.home}/${kept}: do not delete it`), said);
-    assertEquals(textOf(scene.auth), scene.text);
-    sh('chattr -i "$1"', scene.home);
-    const next = await scene.once();
-    assertEquals([next.code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], next.said);
-    scene.assertRefreshed(said);
-  };
-  await Promise.all([give(["--once"], Date.now()), give([], Date.now())]);
-});
+/** What keeps an answer from being stored, and what ends that. */
+interface Obstacle {
+  arrange?(scene: Scene): void;
+  begin(scene: Scene): void;
+  end(scene: Scene): void;
+  /** Whether the status can be written meanwhile. */
+  shows: boolean;
+}
+
+const IMMUTABLE: Obstacle = {
+  begin: (scene) => scene.immutable(scene.home),
+  end: (scene) => sh('chattr -i "$1"', scene.home),
+  shows: false,
+};
+
+/** What is written to such a mount is lost as soon as the container ends. */
+const REPLACED_OUTSIDE: Obstacle = {
+  arrange(scene) {
+    scene.write(`${scene.root}/outside`);
+    sh('mount --bind "$1" "$2"', `${scene.root}/outside`, scene.auth);
+    scene.undo('umount "$1" 2>&- || true', scene.auth);
+  },
+  begin(scene) {
+    scene.write(`${scene.root}/new`);
+    Deno.renameSync(`${scene.root}/new`, `${scene.root}/outside`);
+  },
+  end: (scene) => sh('umount "$1"', scene.auth),
+  shows: true,
+};
+
+/** Tries for a minute, says where the answer is, and stores it at the next start. */
+async function givesUp(args: string[], { arrange, begin, end, shows }: Obstacle) {
+  const started = Date.now();
+  await using scene = await Scene.open();
+  arrange?.(scene);
+  let asked = Infinity;
+  scene.meanwhile(() => {
+    begin(scene);
+    asked = Date.now();
+  });
+  const running = scene.start(args, IN_PLACE);
+  await until(() => asked < Infinity, "the request");
+  if (shows) await until(() => scene.status.startsWith("fail:store"), "the status tells");
+  assert(Date.now() - asked < 5000, "the status tells at once");
+  if (args.length === 0) running.kill("SIGTERM");
+  const { code, said } = await running.ended;
+  assert(Date.now() - started > 55_000, said);
+  assertEquals(code, args.length === 0 ? 0 : 2, said);
+  const [kept = ""] = scene.temporaries;
+  const told = shows ? `fail:store ${/not stored: (.*)/.exec(said)?.[1]}` : "";
+  assert(said.includes(`${scene.home}/${kept}: do not delete it`), said);
+  assert(textOf(`${scene.home}/${kept}`).includes(scene.mock.newest(scene.old.refresh_token)), said);
+  assertEquals(scene.status, told, said);
+  assert(!said.includes("refresh: ok"), said);
+  assertEquals(textOf(scene.auth), scene.text);
+  end(scene);
+  const next = await scene.once(IN_PLACE);
+  assertEquals([next.code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], next.said);
+  scene.assertRefreshed(said);
+}
+
+/** Ten failures take half a minute. */
+async function renamedAtLast() {
+  await using scene = await Scene.open();
+  scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", '{"theirs":1,')));
+  const { code, said } = await scene.once({}, strace(scene.candidates, "-e", "inject=/^rename:error=EIO:when=1..10"));
+  assertEquals([code, scene.mock.requests.length], [0, 1], said);
+  scene.assertRefreshed(said);
+  assertEquals(JSON.parse(textOf(scene.auth)).theirs, 1);
+}
+
+/** All of it waiting, so all of it at the same time. */
+const PERSISTENT: Record<string, () => Promise<void>> = {
+  "after a minute --once gives up": () => givesUp(["--once"], IMMUTABLE),
+  "after a SIGTERM and a minute the loop gives up": () => givesUp([], IMMUTABLE),
+  "a mount whose file was replaced outside meanwhile is no place for an answer": () =>
+    givesUp(["--once"], REPLACED_OUTSIDE),
+  "a rename that fails ten times leaves nothing behind": renamedAtLast,
+};
+
+Deno.test("while an answer cannot be stored it is kept in its temporary file: tried again, and not given up too early", () =>
+  each(Object.entries(PERSISTENT), ([, run]) => run(), ([name]) => name));
 
 Deno.test("what root writes belongs to the owner of auth.json", async () => {
   await using scene = await Scene.open();
@@ -1027,6 +1329,9 @@ async function traceOf({ args = ["--once"], behaviours, arrange, meanwhile, env,
 
   const created = calls.filter((call) => /^(open|openat|openat2|creat)\(.*(O_CREAT|O_TMPFILE)/.test(call));
   for (const call of created.filter((call) => call.includes("O_EXCL"))) assertMatch(call, /, 0600\) += /);
+  const temporary = created.filter((call) => /\/\.auth\.json\.[^"/]*\.tmp"/.test(call));
+  for (const call of temporary) assertMatch(call, /O_EXCL.*, 0600\) += /);
+  if (scene.mock.requests.length > 0) assert(temporary.length > 0, "none is seen, though no request goes without one");
   for (const call of created) assertMatch(call, new RegExp(`"${scene.home}/[^/]+"|"/dev/`));
   for (const call of calls) assert(!/^f?chmod/.test(call) || /, 0?600\) += /.test(call), call);
   for (const { name } of Deno.readDirSync(scene.home)) {

@@ -8,6 +8,7 @@
 import { assert, assertEquals } from "@std/assert";
 import { createHash } from "node:crypto";
 import { resolve } from "node:path";
+import { DatabaseSync } from "node:sqlite";
 import { setTimeout as pause } from "node:timers/promises";
 import { authJson, type MockServer, startMockServer } from "../mock_server.ts";
 
@@ -554,6 +555,81 @@ Deno.test("a crowd whose lock holder is stopped waits, and goes on after it", as
   assertRefreshed(scene, others);
 });
 
+// Waiting for the lock ----------------------------------------------------------------------------
+
+/** Holds a lock file as another copy would, until it is closed. */
+function hold(path: string): DatabaseSync {
+  const database = new DatabaseSync(path);
+  database.exec("BEGIN EXCLUSIVE");
+  return database;
+}
+
+/** An attempt that finds the lock held, once it has been refused it a few times. */
+async function waiter(scene: Scene, ...strace: string[]) {
+  const shell = ["sh", "-c", 'echo pid $$ >&2; exec "$@"', "-", ...once(scene)];
+  const watch = ["strace", "-f", "-qq", "-e", "trace=fcntl,openat", "-e", "status=failed", "-P", `${scene.auth}.lock`];
+  const process = start([...watch, ...strace, ...shell], scene.server);
+  const refused = (times: number) => process.said(/fcntl.*EAGAIN/, times);
+  await refused(3);
+  return { process, refused, pid: Number(/pid (\d+)/.exec(process.stderr())?.[1]) };
+}
+
+Deno.test("a SIGTERM ends the wait for the lock at once, without a request", async () => {
+  await using scene = await staleLogin();
+  const { server, auth, before } = scene;
+  const lock = hold(`${auth}.lock`);
+  const { process, pid } = await waiter(scene);
+  const limit = setTimeout(() => Deno.kill(pid, "SIGKILL"), 2000);
+  Deno.kill(pid, "SIGTERM");
+  const { code, signal, said } = await process.ended;
+  clearTimeout(limit);
+  lock.close();
+  assertEquals([code, signal, server.requests.length], [2, null, 0], said);
+  assertEquals(Deno.readTextFileSync(auth), before, said);
+});
+
+Deno.test("a login that comes while an attempt waits for the lock is not its to redeem, stale or not", async () => {
+  await using scene = await staleLogin();
+  const { server, auth } = scene;
+  const lock = hold(`${auth}.lock`);
+  const { process } = await waiter(scene);
+  const theirs = authJson(server.login({ accessTokenSeconds: -3600 }), new Date(0));
+  Deno.writeTextFileSync(auth, theirs);
+  lock.close();
+  const { code, said } = await process.ended;
+  assertEquals([code, server.requests.length], [1, 0], said);
+  assert(said.includes("superseded"), said);
+  assertEquals(Deno.readTextFileSync(auth), theirs, said);
+});
+
+// The lock file is replaced, by one that a later copy holds, between the waiter's opening and its locking of the old one.
+Deno.test("an attempt that gets a lock whose file was replaced goes on waiting", async () => {
+  await using scene = await staleLogin();
+  const { server, auth } = scene;
+  const path = `${auth}.lock`;
+  const [first, later] = [hold(path), hold(`${auth}.later`)];
+  const { process, refused, pid } = await waiter(scene, "-e", "inject=openat:delay_exit=200000");
+  const opened = () =>
+    [...Deno.readDirSync(`/proc/${pid}/fd`)].some(({ name }) => {
+      try {
+        return Deno.readLinkSync(`/proc/${pid}/fd/${name}`) === path;
+      } catch {
+        return false; // closed meanwhile
+      }
+    });
+  await until(() => !opened());
+  await until(opened);
+  Deno.renameSync(`${auth}.later`, path);
+  first.close();
+  const times = process.stderr().split(/fcntl.*EAGAIN/).length - 1;
+  await refused(times + 2);
+  assertEquals(server.requests.length, 0, process.stderr());
+  later.close();
+  const { code, said } = await process.ended;
+  assertEquals(code, 0, said);
+  assertRefreshed(scene, said);
+});
+
 // Other writers -----------------------------------------------------------------------------------
 
 /** Another login, of the same server. */
@@ -608,6 +684,109 @@ for (const [what, write] of Object.entries({ "another login": otherLogin, "anoth
       await assertMerged(scene, process, theirs);
     });
   }
+}
+
+/** An API key instead of a login. */
+const apiKey = () => JSON.stringify({ auth_mode: "apikey", OPENAI_API_KEY: "sk-none" });
+
+/**
+ * An attempt whose disk is slow to sync, and somebody who has had auth.json open since before our rename, and writes
+ * `theirs` into it right after: what comes next is the look back at the old file. `further` follows at once.
+ */
+async function writtenBehind(scene: Scene, theirs: string, inject: string[] = [], further?: () => void) {
+  const { server, auth } = scene;
+  const { ino } = Deno.statSync(auth);
+  const opened = Promise.withResolvers<Deno.FsFile>();
+  server.onRequest = () => opened.resolve(Deno.openSync(auth, { write: true }));
+  const slow = ["-e", "trace=/^(rename|fsync|fdatasync)", "-e", "inject=fsync,fdatasync:delay_exit=200000"];
+  const process = start(["strace", "-f", "-qq", ...slow, ...inject, ...once(scene)], server);
+  using old = await opened.promise;
+  await until(() => Deno.statSync(auth).ino !== ino);
+  old.truncateSync();
+  const bytes = new TextEncoder().encode(theirs);
+  assertEquals(old.writeSync(bytes), bytes.length);
+  assertEquals(tokenIn(Deno.readTextFileSync(auth)), server.newest(scene.oldest), "too late: it was put back");
+  further?.();
+  return await process.ended;
+}
+
+for (const [what, write] of Object.entries({ "another login": otherLogin, "an API key": apiKey })) {
+  Deno.test(`killed while it puts ${what} back it does so at the next start`, async () => {
+    await using scene = await staleLogin();
+    const { server, auth, oldest } = scene;
+    const theirs = write(scene).trimEnd();
+    const { signal, said } = await writtenBehind(scene, theirs, ["-e", "inject=/^rename:signal=KILL:when=2"]);
+    assertEquals(signal, "SIGKILL", said);
+    assertEquals(tokenIn(Deno.readTextFileSync(auth)), server.newest(oldest), said);
+    const again = await run(scene);
+    assertEquals([again.code, server.requests.length], [1, 1], again.said);
+    assert(again.said.includes("superseded"), again.said);
+    assertEquals(Deno.readTextFileSync(auth), theirs, again.said);
+    assertEquals([...Deno.readDirSync(scene.dir)].filter(({ name }) => name.endsWith(".tmp")), [], again.said);
+  });
+}
+
+Deno.test("a third login that takes auth.json's place after our rename is not replaced by one from the old file", async () => {
+  await using scene = await staleLogin();
+  const { auth } = scene;
+  const third = otherLogin(scene);
+  const login = () => {
+    Deno.writeTextFileSync(`${auth}.new`, third, { mode: 0o600 });
+    Deno.renameSync(`${auth}.new`, auth);
+  };
+  const { code, said } = await writtenBehind(scene, otherLogin(scene), [], login);
+  assertEquals(code, 1, said);
+  assert(said.includes("superseded"), said);
+  assertEquals(Deno.readTextFileSync(auth), third, said);
+  assertEquals([...Deno.readDirSync(scene.dir)].filter(({ name }) => name.endsWith(".tmp")), [], said);
+});
+
+/** What is done while the proof waits for the disk, and what comes of it. */
+const DURING_THE_PROOF: Record<string, { act(scene: Scene): string; code: number; says: string }> = {
+  "another login": {
+    act(scene) {
+      const theirs = otherLogin(scene);
+      Deno.writeTextFileSync(scene.auth, theirs);
+      return theirs;
+    },
+    code: 1,
+    says: "superseded",
+  },
+  "the loss of the lock file": {
+    act({ auth, before }) {
+      Deno.removeSync(`${auth}.lock`);
+      return before;
+    },
+    code: 2,
+    says: "auth.json.lock was removed or replaced while it was held",
+  },
+};
+
+for (const [what, { act, code, says }] of Object.entries(DURING_THE_PROOF)) {
+  Deno.test(`${what} while it is proven that an answer could be stored stops the request`, async () => {
+    await using scene = await staleLogin();
+    const { server, auth, dir } = scene;
+    const temporary = temporaryOf(scene);
+    const slow = ["-e", "trace=fsync", "-e", "inject=fsync:delay_enter=800000:when=1", "-P", temporary];
+    const process = start(["strace", "-f", "-qq", ...slow, ...once(scene)], server);
+    const room = () => {
+      try {
+        return Deno.statSync(temporary).size;
+      } catch {
+        return 0; // not there, or not any more
+      }
+    };
+    await until(() => room() > 0); // written; now it is synced
+    const left = act(scene);
+    assert(room() > 0, "too late: the proof is over");
+    const ended = await process.ended;
+    assertEquals([ended.code, server.requests.length], [code, 0], ended.said);
+    assert(ended.said.includes(says), ended.said);
+    assertEquals(Deno.readTextFileSync(auth), left, ended.said);
+    assertEquals(room(), 0, ended.said);
+    const { watchdog_last_outcome } = JSON.parse(Deno.readTextFileSync(`${dir}/auth_refresh_status.json`));
+    assertEquals(watchdog_last_outcome, code === 1 ? "superseded" : "fail:preflight", ended.said);
+  });
 }
 
 Deno.test("a logout that comes while the request is out stays one", async () => {
