@@ -698,7 +698,7 @@ async function writtenBehind(scene: Scene, theirs: string, inject: string[] = []
   const { ino } = Deno.statSync(auth);
   const opened = Promise.withResolvers<Deno.FsFile>();
   server.onRequest = () => opened.resolve(Deno.openSync(auth, { write: true }));
-  const slow = ["-e", "trace=/^(rename|fsync|fdatasync)", "-e", "inject=fsync,fdatasync:delay_exit=200000"];
+  const slow = ["-e", "trace=/^(rename|fsync|fdatasync)", "-e", "inject=fsync,fdatasync:delay_exit=300000"];
   const process = start(["strace", "-f", "-qq", ...slow, ...inject, ...once(scene)], server);
   using old = await opened.promise;
   await until(() => Deno.statSync(auth).ino !== ino);
