@@ -983,7 +983,8 @@ async function prove(target: Target, fingerprint: string, size: number, inPlace:
       refuse(`is a mount point of its own and cannot be renamed over. ${instead}, or ${anyway}`);
     }
     if (size > MAX_FILE_BYTES) refuse(`is too large: with the answer it would have ${size} bytes`);
-    // In an append-only directory files can be made, but neither removed nor renamed.
+    // In an append-only directory files can be made, but neither removed nor renamed. One is enough to tell.
+    if (findTemporaries(path).some((left) => left.fingerprint === fingerprint)) throw new DiskError("EPERM");
     const probe = createTemporary(target, fingerprint);
     closeTemporary(probe);
     fs.unlinkSync(probe.path);

@@ -124,8 +124,12 @@ function taken(pid: number) {
   const memory = read("smaps_rollup");
   const wakeups: Record<string, number> = {};
   for (const { name } of Deno.readDirSync(`/proc/${pid}/task`)) {
-    const thread = name === `${pid}` ? "main" : `${read(`task/${name}/comm`).trim()} ${name}`;
-    wakeups[thread] = field(read(`task/${name}/status`), "voluntary_ctxt_switches");
+    try {
+      const thread = name === `${pid}` ? "main" : `${read(`task/${name}/comm`).trim()} ${name}`;
+      wakeups[thread] = field(read(`task/${name}/status`), "voluntary_ctxt_switches");
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound)) throw error; // a thread that has ended meanwhile
+    }
   }
   // After the name, which may hold spaces: fields 14 and 15 of proc(5), user and system time in hundredths of a second.
   const ticks = read("stat").replace(/^.*\) /s, "").split(" ").slice(11, 13);

@@ -361,6 +361,8 @@ Deno.test("a temporary file is rolled forward whatever link or owner of ours it 
       const { code, said } = await scene.once();
       assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 0], said);
       scene.assertRefreshed(said);
+      const { uid, mode, nlink } = Deno.statSync(scene.auth);
+      assertEquals([uid, (mode ?? 0) & 0o777, nlink], [Deno.statSync(scene.home).uid, 0o600, 1], said);
     });
   }
 });

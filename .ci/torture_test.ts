@@ -714,7 +714,7 @@ for (const [what, write] of Object.entries({ "another login": otherLogin, "an AP
   Deno.test(`killed while it puts ${what} back it does so at the next start`, async () => {
     await using scene = await staleLogin();
     const { server, auth, oldest } = scene;
-    const theirs = write(scene).trimEnd();
+    const theirs = write(scene);
     const { signal, said } = await writtenBehind(scene, theirs, ["-e", "inject=/^rename:signal=KILL:when=2"]);
     assertEquals(signal, "SIGKILL", said);
     assertEquals(tokenIn(Deno.readTextFileSync(auth)), server.newest(oldest), said);
