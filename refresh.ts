@@ -474,12 +474,12 @@ export function readRoots({ caFile }: Pick<Settings, "caFile">): string[] {
  */
 function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { options: object; close(): void } {
   if (typeof Deno !== "undefined") {
-    const [username = "", password = ""] = [proxy?.username, proxy?.password].map((part) =>
-      decodeURIComponent(part ?? "")
-    );
-    const basicAuth = username + password === "" ? {} : { basicAuth: { username, password } };
-    const through = proxy === null ? {} : { proxy: { url: proxy.origin, ...basicAuth } };
     try {
+      const [username = "", password = ""] = [proxy?.username, proxy?.password].map((part) =>
+        decodeURIComponent(part ?? "")
+      );
+      const basicAuth = username + password === "" ? {} : { basicAuth: { username, password } };
+      const through = proxy === null ? {} : { proxy: { url: proxy.origin, ...basicAuth } };
       const client = Deno.createHttpClient({ caCerts: roots, poolMaxIdlePerHost: 0, http2: false, ...through });
       return { options: { client }, close: () => client.close() };
     } catch (error) {
@@ -506,7 +506,7 @@ export async function post(
   { url, proxy }: Pick<Settings, "url" | "proxy">,
   roots: string[],
   stop: AbortSignal,
-  still: () => boolean,
+  still: () => Promise<boolean>,
   log: Log,
 ): Promise<Answer> {
   const { options, close } = engineOptions({ proxy }, roots);
@@ -520,7 +520,7 @@ export async function post(
       const why = "the token may be spent, and some servers accept a repeat";
       log("warning", "answer_lost", `refresh: ${answer.detail}; sending it again in ${pause / SECOND} s: ${why}`);
       await sleep(pause, stop);
-      if (stop.aborted || !still()) return answer;
+      if (stop.aborted || !await still()) return answer;
     }
     return await once();
   } finally {
@@ -842,8 +842,12 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]) {
     held.exec("CREATE TABLE held (x)"); // fails where SQLite could open the file for reading only: then the lock is shared
     // A file that was replaced meanwhile is one that nobody else will find.
     const holds = () => {
-      const after = fs.lstatSync(path, { throwIfNoEntry: false });
-      return after?.ino === before.ino && after.dev === before.dev;
+      try {
+        const after = fs.lstatSync(path);
+        return after.ino === before.ino && after.dev === before.dev;
+      } catch {
+        return false;
+      }
     };
     if (holds()) return { holds, release: () => held.close() };
   } catch (error) {
@@ -1165,8 +1169,9 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
       // From this look to the rename nothing waits.
       if (!isSame(readOpen(old), seen)) continue;
       if (!isIntact(temporary)) throw new DiskError("ENOENT");
+      if (!isNamed(path, old) && moves-- > 0) continue;
       const stat = fs.fstatSync(old);
-      if (stat.nlink === 0 && isNamed(path, old)) throw new DiskError("ESTALE");
+      if (stat.nlink === 0) throw new DiskError("ESTALE");
       if (busy || job.inPlace && !isReplaceable(path, stat)) {
         // A writer that is only slow would write into the middle of ours: it gets half a second each time.
         if (isTorn(seen) && patience-- > 0) continue;
@@ -1175,7 +1180,6 @@ async function publish(job: Job, temporary: Temporary): Promise<Stored> {
         if (now.kind === "whole" && now.text === temporary.content) return STORED;
         continue;
       }
-      if (!isNamed(path, old) && moves-- > 0) continue;
       try {
         fs.renameSync(temporary.path, path);
       } catch (error) {
@@ -1240,6 +1244,7 @@ async function insist(job: Job, step: () => Promise<void>): Promise<void> {
     try {
       return await step();
     } catch (error) {
+      job.onFailure(error);
       if (uptime() >= job.giveUpAt()) throw error;
       await sleep(1 * SECOND);
     }
@@ -1271,19 +1276,22 @@ async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt
       const pairs = Object.entries(tokensOf(journal.document)).map(([name, value]) => [name, new Secret(value)]);
       const grant = { tokens: Object.fromEntries(pairs), lastRefresh: String(journal.document.last_refresh ?? "") };
       const job = { ...rest, target, fingerprint, grant, journal: path };
+      const temporary = await adopt(path, target, back ? journal.text : journal.text.trimEnd());
       if (back) {
-        await syncPath(path);
+        if (temporary === null) throw new DiskError("EIO");
+        closeTemporary(temporary);
+        if (!isSame(readAuth(target.path), seen)) continue; // for the next attempt
         fs.renameSync(path, target.path);
         await syncDirectory(target.path);
         return tokenIn(journal) === fingerprint ? STORED : SUPERSEDED;
       }
-      const temporary = await adopt(path, target, journal.text.trimEnd());
       if (temporary !== null) removeTemporaries(job, path); // what was not finished beside it
       return await store(job, seen.kind === "whole" ? seen.document : journal.document, temporary);
     }
     // A rewrite in place may have ended before its fsync: no journal goes before auth.json is on the disk.
-    if (journal !== null && tokenIn(journal) !== null && tokenIn(journal) === tokenIn(seen)) {
-      await syncPath(target.path);
+    if (journal !== null && seen.kind === "whole" && tokenIn(seen) !== null && tokenIn(journal) === tokenIn(seen)) {
+      const replaced = isReplaceable(target.path, fs.statSync(target.path));
+      await (replaced ? syncPath(target.path) : rewriteInPlace(target.path, seen.text));
     }
     removeQuietly(path);
   }
@@ -1306,6 +1314,7 @@ async function adopt(path: string, { owner }: Target, content: string): Promise<
   try {
     fd = fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW);
     if (fs.fstatSync(fd).nlink > 1) throw new DiskError("EMLINK");
+    writeAll(fd, content); // what an earlier fsync could not do, a further one may only claim
     if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
     fs.ftruncateSync(fd, Buffer.byteLength(content));
     await fsync(fd);
@@ -1546,7 +1555,7 @@ function diagnose(
   }
   // A login that is newer than the failure has nothing to do with it.
   const dead = rejected !== null && rejected === refreshToken?.fingerprint();
-  const newer = !dead && (lastRefreshMs ?? 0) > (lastRun ?? 0);
+  const newer = !dead && (rejected !== null || (lastRefreshMs ?? 0) > (lastRun ?? 0));
   const permanent = outcome.startsWith("fail:permanent_") && !newer;
   if (permanent) return unhealthy(`${outcome} (${detail ?? "no code"})`, login);
   if (dead) return unhealthy("the endpoint has called the refresh token dead", login);
@@ -1807,7 +1816,7 @@ async function attemptLocked(
   const { inPlace } = settings;
   const begun = uptime();
   const onFailure = (since: number) => {
-    let [told, logged] = [false, false];
+    let [told, logged] = [-Infinity, false];
     return (error: unknown) => {
       lock.giveWay(); // no other home waits for this disk
       const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
@@ -1816,11 +1825,13 @@ async function attemptLocked(
         watchdog_last_run_iso: iso(Date.now()) ?? "",
         detail,
       } as const;
-      if (!told) writeStatus(home, shown, log);
-      if (!logged && uptime() - since > MINUTE) {
-        log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
+      if (uptime() - told > MINUTE) {
+        writeStatus(home, shown, log);
+        told = uptime();
       }
-      [told, logged] = [true, uptime() - since > MINUTE];
+      if (logged || uptime() - since <= MINUTE) return;
+      log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
+      logged = true;
     };
   };
   const rolled = await rollForward(target, { inPlace, onFailure: onFailure(begun), giveUpAt: () => patience(begun) });
@@ -1841,15 +1852,18 @@ async function attemptLocked(
   const room = await prove(target, fingerprint, size, inPlace);
   // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
   const isOurs = (now: Read) => lock.holds() && tokenIn(now) === fingerprint;
-  const ours = isOurs(await readSettled(target.path));
-  if (stop.aborted || !ours) {
+  const again = await readSettled(target.path);
+  if (stop.aborted || !isOurs(again)) {
     discard(room);
+    if (stop.aborted) return null;
     if (!lock.holds()) throw new CannotStart(`${target.path}.lock was removed or replaced while it was held`);
-    return stop.aborted ? null : superseded(target, log);
+    const { verdict, credential } = decide(again, Date.now(), settings, force);
+    const torn = isTorn(again) && verdict.kind === "skip";
+    return torn ? skipped(verdict, credential, target, log) : superseded(target, log);
   }
   const endpoint = settings.url.origin + settings.url.pathname;
   log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
-  const still = () => isOurs(readAuth(target.path));
+  const still = async () => isOurs(await readSettled(target.path));
   const answer = await post(verdict.token, settings, roots, stop, still, log).catch((error: unknown) => {
     discard(room);
     throw error;
@@ -1983,12 +1997,12 @@ export function schedule(
 ): { at: number; why: string } {
   const interval = settings.intervalSeconds * SECOND;
   const alive = expiresMs !== null && expiresMs > nowMs;
-  // Never past the expiry, nor past the middle of the margin before it.
-  const latest = alive ? expiresMs - settings.marginSeconds * SECOND / 2 : Infinity;
-  const planned = (at: number, why: string) => ({
-    at: Math.max(at, Math.min(latest, at + 0.1 * random * (at - nowMs))),
-    why,
-  });
+  const middle = alive ? expiresMs - settings.marginSeconds * SECOND / 2 : Infinity;
+  // The jitter goes past the middle of the margin only where the wait itself does, and never past the expiry.
+  const planned = (at: number, why: string) => {
+    const latest = at < middle || !alive ? middle : expiresMs;
+    return { at: Math.max(at, Math.min(latest, at + 0.1 * random * (at - nowMs))), why };
+  };
 
   if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
   if (outcome === "unreadable" || outcome.startsWith("fail:")) {

@@ -428,6 +428,17 @@ Deno.test("a temporary file that cannot be synced is written anew beside it, and
   scene.assertRefreshed(next.said);
 });
 
+// The sync of an earlier run may have failed: what it lost only a new write brings back, not a further sync.
+Deno.test("a temporary file of an earlier run is written again before it is synced and renamed", async () => {
+  await using scene = await Scene.open();
+  const path = await leftBehind(scene);
+  const log = `${scene.root}/trace`;
+  const { code, said } = await scene.once({}, ["strace", "-f", "-o", log, "-P", path]);
+  assertEquals(code, 0, said);
+  const calls = callsOf(textOf(log)).map((call) => /^(pwrite64|fsync|rename)\(/.exec(call)?.[1]);
+  assertEquals(calls.filter((call) => call !== undefined), ["pwrite64", "fsync", "rename"], said);
+});
+
 // The first rename is into auth.json, or, where that has changed since, of the second temporary file over the first.
 Deno.test("killed at its rename again and again it piles nothing up, and stores the answer in the end", async () => {
   await each(["auth.json is as it was", "auth.json changes each time"], async (how) => {
