@@ -392,9 +392,11 @@ export async function startMockServer(options: MockOptions = {}): Promise<MockSe
     else if (size > MAX_REQUEST_BYTES) refused = 413;
     if (refused) return answer(seen, "", { kind: "status", status: refused }, response);
     lastBody = text;
-    await mock.onRequest?.(seen);
+    const ready = mock.onRequest?.(seen);
+    // Taken in the same turn: what is queued in onRequest is for this request, and for no other that comes beside it.
     const behaviour = queue.shift() ?? standing;
     seen.behaviour = behaviour?.kind ?? null;
+    await ready;
     return answer(seen, token, behaviour, response);
   }
 
