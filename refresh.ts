@@ -1815,25 +1815,7 @@ async function attemptLocked(
   const { settings, log, force, stop, patience } = context;
   const { inPlace } = settings;
   const begun = uptime();
-  const onFailure = (since: number) => {
-    let [told, logged] = [-Infinity, false];
-    return (error: unknown) => {
-      lock.giveWay(); // no other home waits for this disk
-      const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
-      const shown = {
-        watchdog_last_outcome: "fail:store",
-        watchdog_last_run_iso: iso(Date.now()) ?? "",
-        detail,
-      } as const;
-      if (uptime() - told > MINUTE) {
-        writeStatus(home, shown, log);
-        told = uptime();
-      }
-      if (logged || uptime() - since <= MINUTE) return;
-      log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
-      logged = true;
-    };
-  };
+  const onFailure = (since: number) => tellOfTrouble(home, lock, log, since);
   const rolled = await rollForward(target, { inPlace, onFailure: onFailure(begun), giveUpAt: () => patience(begun) });
   if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
 
@@ -1880,6 +1862,23 @@ async function attemptLocked(
   discard(room);
   lock.giveWay();
   return await reportRefused(home, answer, target, fingerprint, log);
+}
+
+/** Tells of an answer that cannot be stored yet, the status each minute and the log once, and lets other homes go on. */
+function tellOfTrouble(home: Home, lock: Lock, log: Log, since: number): (error: unknown) => void {
+  let [told, logged] = [-Infinity, false];
+  return (error) => {
+    lock.giveWay();
+    const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
+    if (uptime() - told > MINUTE) {
+      const now = iso(Date.now()) ?? "";
+      writeStatus(home, { watchdog_last_outcome: "fail:store", watchdog_last_run_iso: now, detail }, log);
+      told = uptime();
+    }
+    if (logged || uptime() - since <= MINUTE) return;
+    log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
+    logged = true;
+  };
 }
 
 function skipped(
