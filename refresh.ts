@@ -774,8 +774,10 @@ function createPrivate(path: string, owner: Target["owner"]): number {
   }
 }
 
-// The lock: an exclusive SQLite transaction, never committed, on the empty file beside auth.json. The kernel holds it and
-// it dies with its holder, so that there is nothing to break, no pid and no clock to trust.
+// The lock: an exclusive SQLite transaction, never committed, on an empty file beside auth.json. The kernel holds it and
+// it dies with its holder, so that there is nothing to break, no pid and no clock to trust. auth.lock and auth.json.lock
+// are the Codex CLI's, and left to it: where flock and POSIX locks are one (NFS, macOS), a lock of ours on them would
+// make it throw an answer away.
 
 type Database = { exec(sql: string): void; close(): void };
 type Engine = new (path: string, options: { timeout: number }) => Database;
@@ -789,6 +791,7 @@ interface Lock {
 }
 
 const LOCK_WAIT_MS = 180 * SECOND;
+const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
 /** At most this many attempts hold a lock, a temporary file and a connection at a time. */
 let places = 8;
@@ -809,7 +812,7 @@ async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Loc
     };
     let locked: Pick<Lock, "holds" | "release"> | null = null;
     try {
-      locked = tryLock(DatabaseSync, `${path}.lock`, owner);
+      locked = tryLock(DatabaseSync, lockOf(path), owner);
     } finally {
       if (locked === null) giveWay();
     }
@@ -1782,7 +1785,7 @@ async function attemptUnlocked(home: Home, target: Target, context: Context): Pr
   if (lock === null && stop.aborted) return null;
   if (lock === null) {
     const holder = "another copy holds it, or the file system has no locks";
-    const detail = `${target.path}.lock was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
+    const detail = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
     log("error", "locked", `refresh: not started: ${detail}`);
     return resultOf(target, "fail:locked", detail);
   }
@@ -1838,7 +1841,7 @@ async function attemptLocked(
   if (stop.aborted || !isOurs(again)) {
     discard(room);
     if (stop.aborted) return null;
-    if (!lock.holds()) throw new CannotStart(`${target.path}.lock was removed or replaced while it was held`);
+    if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
     const { verdict, credential } = decide(again, Date.now(), settings, force);
     const torn = isTorn(again) && verdict.kind === "skip";
     return torn ? skipped(verdict, credential, target, log) : superseded(target, log);
@@ -2226,7 +2229,7 @@ Exit codes of --once:
 
 Files:
   auth.json                 the login; replaced atomically, every field that is not ours kept
-  auth.json.lock            empty; copies of this program take turns on it
+  auth_refresh.lock         empty; copies of this program take turns on it
   .auth.json.*.tmp          an answer on its way into auth.json: do not delete it
   auth_refresh_status.json  what the last attempt left, never a token
 

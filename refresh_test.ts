@@ -1504,7 +1504,7 @@ const APPLY: Scenario[] = [
         }
         assertEquals(fs.readdirSync(stage.home).length, 3);
         fs.rmSync(join(stage.home, STATUS_NAME));
-        fs.rmSync(`${stage.auth}.lock`);
+        fs.rmSync(join(stage.home, "auth_refresh.lock"));
       }
     },
   ),
@@ -1544,13 +1544,44 @@ const APPLY: Scenario[] = [
   ends("what root writes is the login's owner's, and a lock file of root's becomes it", "0 refreshed", {
     prepare: (stage) => {
       belong(stage);
-      fs.writeFileSync(`${stage.auth}.lock`, "", { mode: 0o600 });
+      fs.writeFileSync(join(stage.home, "auth_refresh.lock"), "", { mode: 0o600 });
     },
     skip: !ROOT,
   }, ({ home }) => {
     const names = fs.readdirSync(home);
-    assertEquals(names.sort(), ["auth.json", "auth.json.lock", STATUS_NAME]);
+    assertEquals(names.sort(), ["auth.json", "auth_refresh.lock", STATUS_NAME]);
     for (const name of names) assertEquals(fs.statSync(join(home, name)).uid, 65534, name);
+  }),
+  drive("the Codex CLI's locks are left to it, also while the request is out", {
+    skip: !fs.existsSync("/proc/locks"),
+  }, async (stage) => {
+    const inode = (path: string) => fs.statSync(path).ino;
+    const theirs = ["auth.lock", "auth.json.lock"].map((name, size) => {
+      const path = join(stage.home, name);
+      fs.writeFileSync(path, "x".repeat(size), { mode: 0o640 });
+      if (ROOT) fs.chownSync(path, 65534, 65534);
+      return path;
+    });
+    // Whatever changes owner, mode, size or name shows in the moment of the last change.
+    const state = () =>
+      theirs.map((path) => {
+        const { ino, uid, gid, mode, size, ctimeMs } = fs.statSync(path);
+        return [ino, uid, gid, mode, size, ctimeMs];
+      });
+    const before = state();
+    let locked: number[] = []; // by flock or fcntl, by whomever
+    stage.mock.onRequest = () => {
+      locked = fs.readFileSync("/proc/locks", "utf8").split("\n").map((line) =>
+        Number(/:(\d+) \d+ \S+$/.exec(line)?.[1])
+      );
+    };
+    await stage.once("0 refreshed");
+    assert(locked.includes(inode(join(stage.home, "auth_refresh.lock"))), String(locked));
+    assertEquals(theirs.filter((path) => locked.includes(inode(path))), []);
+    assertEquals(state(), before);
+    for (const path of theirs) fs.rmSync(path);
+    await stage.once("0 refreshed", "--force");
+    assertEquals(theirs.filter((path) => fs.existsSync(path)), []);
   }),
   meanwhile("a login made while the request is out is left alone", "1 superseded", logsIn, isAnother),
   meanwhile(
@@ -1642,7 +1673,7 @@ const APPLY: Scenario[] = [
     answers: [late(1000)], // the others try the lock four times a second
     skip: !TELLS_READS,
   }, async (stage) => {
-    const lock = new DatabaseSync(`${stage.auth}.lock`);
+    const lock = new DatabaseSync(join(stage.home, "auth_refresh.lock"));
     lock.exec("BEGIN EXCLUSIVE");
     // A home for each, with one auth.json: who has read its own status file has found the login stale before.
     const started = [...Object.values(FORMS), ...[1, 2].map(() => FORMS[stage.form] ?? [])].map((form, index) => {

@@ -364,7 +364,7 @@ scenario("an answer whose body drips is cut off after half a minute, though it m
 scenario("a lock that is never free is waited for three minutes, without a request", async () => {
   await using mock = await server();
   const dir = home("locked", login(mock, -DAY));
-  const lock = new DatabaseSync(join(dir, "auth.json.lock"));
+  const lock = new DatabaseSync(join(dir, "auth_refresh.lock"));
   lock.exec("BEGIN EXCLUSIVE");
   const began = performance.now();
   const { code } = await new Watchdog(mock, ["--once", dir]).child.status;

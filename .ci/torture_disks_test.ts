@@ -678,7 +678,7 @@ Deno.test("a home that waits for its lock does not hold up another one's answer"
   const tokens = scene.mock.login({ accessTokenSeconds: -3600 });
   Deno.mkdirSync(free);
   scene.write(`${free}/auth.json`, authJson(tokens));
-  const lock = new DatabaseSync(`${scene.auth}.lock`);
+  const lock = new DatabaseSync(`${scene.home}/auth_refresh.lock`);
   lock.exec("BEGIN EXCLUSIVE");
   const running = scene.start(["--once", scene.home, free]);
   const stored = () => JSON.parse(textOf(`${free}/auth.json`)).tokens.refresh_token;
@@ -780,41 +780,41 @@ const REFUSED: Record<string, Refused> = {
     under: () => UNPRIVILEGED,
   },
   "a lock of somebody else": {
-    because: /auth\.json\.lock|permission/,
+    because: /auth_refresh\.lock|permission/,
     arrange(scene) {
       nobody(scene.home, scene.auth);
-      scene.write(`${scene.auth}.lock`, "");
+      scene.write(`${scene.home}/auth_refresh.lock`, "");
     },
     under: () => UNPRIVILEGED,
   },
   "a lock of our own that may only be read": {
-    because: /auth\.json\.lock cannot be locked/,
+    because: /auth_refresh\.lock cannot be locked/,
     arrange(scene) {
-      scene.write(`${scene.auth}.lock`, "");
-      Deno.chmodSync(`${scene.auth}.lock`, 0o444);
-      nobody(scene.home, scene.auth, `${scene.auth}.lock`);
+      scene.write(`${scene.home}/auth_refresh.lock`, "");
+      Deno.chmodSync(`${scene.home}/auth_refresh.lock`, 0o444);
+      nobody(scene.home, scene.auth, `${scene.home}/auth_refresh.lock`);
     },
     under: () => UNPRIVILEGED,
   },
   "a lock of somebody else that all may read": {
-    because: /auth\.json\.lock cannot be locked: no permission, it is user 0's/,
+    because: /auth_refresh\.lock cannot be locked: no permission, it is user 0's/,
     arrange(scene) {
       nobody(scene.home, scene.auth);
-      scene.write(`${scene.auth}.lock`, "");
-      Deno.chmodSync(`${scene.auth}.lock`, 0o644);
+      scene.write(`${scene.home}/auth_refresh.lock`, "");
+      Deno.chmodSync(`${scene.home}/auth_refresh.lock`, 0o644);
     },
     under: () => UNPRIVILEGED,
   },
   "an immutable lock": {
-    because: /auth\.json\.lock cannot be locked/,
+    because: /auth_refresh\.lock cannot be locked/,
     arrange(scene) {
-      scene.write(`${scene.auth}.lock`, "");
-      scene.immutable(`${scene.auth}.lock`);
+      scene.write(`${scene.home}/auth_refresh.lock`, "");
+      scene.immutable(`${scene.home}/auth_refresh.lock`);
     },
   },
   "a folder in the lock's place": {
-    because: /auth\.json\.lock/,
-    arrange: (scene) => Deno.mkdirSync(`${scene.auth}.lock`),
+    because: /auth_refresh\.lock/,
+    arrange: (scene) => Deno.mkdirSync(`${scene.home}/auth_refresh.lock`),
   },
   "an immutable file": {
     because: /immutable/,
@@ -932,7 +932,7 @@ Deno.test("an auth.json that is a symlink stays one, and everything is kept besi
   scene.meanwhile(() => there = inode(scene.pending(`${scene.root}/disk`)) !== null);
   const { code, said } = await scene.once();
   assertEquals([code, there, Deno.readLinkSync(scene.auth)], [0, true, "../disk/auth.json"], said);
-  assert(inode(`${scene.root}/disk/auth.json.lock`) !== null && inode(`${scene.auth}.lock`) === null);
+  assert(inode(`${scene.root}/disk/auth_refresh.lock`) !== null && inode(`${scene.home}/auth_refresh.lock`) === null);
   scene.assertRefreshed(said);
 });
 
@@ -1189,7 +1189,7 @@ Deno.test("what root writes belongs to the owner of auth.json", async () => {
   assertEquals(code, 0, said);
   const ours = [NOBODY, NOBODY, 0o600];
   assertEquals(temporary, ours);
-  for (const name of ["auth.json", "auth.json.lock", "auth_refresh_status.json"]) {
+  for (const name of ["auth.json", "auth_refresh.lock", "auth_refresh_status.json"]) {
     assertEquals(owner(`${scene.home}/${name}`), ours, name);
   }
   const next = await scene.start(["--once", "--force"], {}, UNPRIVILEGED).ended;

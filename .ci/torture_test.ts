@@ -567,7 +567,17 @@ function hold(path: string): DatabaseSync {
 /** An attempt that finds the lock held, once it has been refused it a few times. */
 async function waiter(scene: Scene, ...strace: string[]) {
   const shell = ["sh", "-c", 'echo pid $$ >&2; exec "$@"', "-", ...once(scene)];
-  const watch = ["strace", "-f", "-qq", "-e", "trace=fcntl,openat", "-e", "status=failed", "-P", `${scene.auth}.lock`];
+  const watch = [
+    "strace",
+    "-f",
+    "-qq",
+    "-e",
+    "trace=fcntl,openat",
+    "-e",
+    "status=failed",
+    "-P",
+    `${scene.dir}/auth_refresh.lock`,
+  ];
   const process = start([...watch, ...strace, ...shell], scene.server);
   const refused = (times: number) => process.said(/fcntl.*EAGAIN/, times);
   await refused(3);
@@ -576,8 +586,8 @@ async function waiter(scene: Scene, ...strace: string[]) {
 
 Deno.test("a SIGTERM ends the wait for the lock at once, without a request", async () => {
   await using scene = await staleLogin();
-  const { server, auth, before } = scene;
-  const lock = hold(`${auth}.lock`);
+  const { server, auth, dir, before } = scene;
+  const lock = hold(`${dir}/auth_refresh.lock`);
   const { process, pid } = await waiter(scene);
   const limit = setTimeout(() => Deno.kill(pid, "SIGKILL"), 2000);
   Deno.kill(pid, "SIGTERM");
@@ -590,8 +600,8 @@ Deno.test("a SIGTERM ends the wait for the lock at once, without a request", asy
 
 Deno.test("a login that comes while an attempt waits for the lock is not its to redeem, stale or not", async () => {
   await using scene = await staleLogin();
-  const { server, auth } = scene;
-  const lock = hold(`${auth}.lock`);
+  const { server, auth, dir } = scene;
+  const lock = hold(`${dir}/auth_refresh.lock`);
   const { process } = await waiter(scene);
   const theirs = authJson(server.login({ accessTokenSeconds: -3600 }), new Date(0));
   Deno.writeTextFileSync(auth, theirs);
@@ -605,9 +615,9 @@ Deno.test("a login that comes while an attempt waits for the lock is not its to 
 // The lock file is replaced, by one that a later copy holds, between the waiter's opening and its locking of the old one.
 Deno.test("an attempt that gets a lock whose file was replaced goes on waiting", async () => {
   await using scene = await staleLogin();
-  const { server, auth } = scene;
-  const path = `${auth}.lock`;
-  const [first, later] = [hold(path), hold(`${auth}.later`)];
+  const { server, dir } = scene;
+  const path = `${dir}/auth_refresh.lock`;
+  const [first, later] = [hold(path), hold(`${path}.later`)];
   const { process, refused, pid } = await waiter(scene, "-e", "inject=openat:delay_exit=200000");
   const opened = () =>
     [...Deno.readDirSync(`/proc/${pid}/fd`)].some(({ name }) => {
@@ -619,7 +629,7 @@ Deno.test("an attempt that gets a lock whose file was replaced goes on waiting",
     });
   await until(() => !opened());
   await until(opened);
-  Deno.renameSync(`${auth}.later`, path);
+  Deno.renameSync(`${path}.later`, path);
   first.close();
   const times = process.stderr().split(/fcntl.*EAGAIN/).length - 1;
   await refused(times + 2);
@@ -753,12 +763,12 @@ const DURING_THE_PROOF: Record<string, { act(scene: Scene): string; code: number
     says: "superseded",
   },
   "the loss of the lock file": {
-    act({ auth, before }) {
-      Deno.removeSync(`${auth}.lock`);
+    act({ dir, before }) {
+      Deno.removeSync(`${dir}/auth_refresh.lock`);
       return before;
     },
     code: 2,
-    says: "auth.json.lock was removed or replaced while it was held",
+    says: "auth_refresh.lock was removed or replaced while it was held",
   },
 };
 
