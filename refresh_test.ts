@@ -1894,6 +1894,7 @@ const LOOP: Scenario[] = [
     }, async (stage, run) => {
       await run.said(/^refresh: ok \(rolled forward\)$/);
       assertEquals([run.lines.length >= 2, run.messages[1]], [true, "refresh: ok (rolled forward)"]);
+      await until("the status is written", () => stage.status()?.watchdog_last_outcome === "refreshed");
       assertEquals([stage.temporaries(), stage.mock.requests.length], [[], 0]);
     })
   ),
