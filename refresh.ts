@@ -44,7 +44,7 @@ const uptime = () => performance.now();
 // string counts as unset; a bad value is one clear line and exit code 64.
 
 /** The client id that the Codex CLI presents (codex-rs/login/src/auth/manager.rs, CLIENT_ID). */
-const CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann";
+const DEFAULT_CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann";
 const DEFAULT_URL = "https://auth.openai.com/oauth/token";
 
 /** What the environment decides. Durations are whole seconds; `caFile` is read when a request is due. */
@@ -53,6 +53,7 @@ export interface Settings {
   readonly marginSeconds: number;
   readonly staleSeconds: number;
   readonly url: URL;
+  readonly clientId: string;
   readonly proxy: URL | null;
   readonly caFile: { readonly name: string; readonly path: string } | null;
   readonly inPlace: boolean;
@@ -108,6 +109,7 @@ export function readSettings(env: Environment): Settings {
     marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
     staleSeconds: seconds("CODEX_AUTH_STALE_AFTER_SECONDS", 604800, 1),
     url: endpoint,
+    clientId: env.CODEX_APP_SERVER_LOGIN_CLIENT_ID || DEFAULT_CLIENT_ID,
     proxy: proxyName ? url(proxyName, proxyUrl, "the URL of an http proxy", isProxy) : null,
     caFile: caPath ? { name: caName, path: caPath } : null,
     inPlace: oneOf("CODEX_AUTH_IN_PLACE", "0", "1") === "1",
@@ -305,9 +307,10 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   if (read.kind !== "whole") return ends({ kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" });
   const mode = document.auth_mode ?? "";
   if (typeof mode !== "string") return skip("unreadable:TypeError");
-  // Logins from before auth_mode existed are ChatGPT's unless they hold an API key (AuthDotJson::resolved_mode in
+  // Logins from before auth_mode existed are ChatGPT's unless they hold another credential (AuthDotJson::resolved_mode in
   // codex-rs/login/src/auth/manager.rs).
-  if (mode === "" && (document.OPENAI_API_KEY ?? null) !== null) return skip("auth_mode=none");
+  const others = ["OPENAI_API_KEY", "personal_access_token", "bedrock_api_key", "bedrock_access_keys"];
+  if (mode === "" && others.some((name) => (document[name] ?? null) !== null)) return skip("auth_mode=none");
   const modes = ["", "chatgpt", "chatgpt_auth_tokens"];
   if (!modes.includes(mode.toLowerCase())) {
     const shown = /^[ -~]{1,40}$/.test(mode) && !Secret.leaks(mode) ? mode.toLowerCase() : "unknown";
@@ -437,8 +440,14 @@ export type Answer =
     readonly lost: boolean;
   };
 
-/** Error codes that say that a refresh token will never work again. */
-const DEAD_CODES = ["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"];
+/**
+ * Error codes that say that a refresh token will never work again, in any case and at any status: the Codex CLI's four
+ * (classify_refresh_token_failure in codex-rs/login/src/auth/manager.rs), and what else the server ends logins with.
+ */
+const DEAD_CODES = [
+  ...["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"],
+  ...["app_session_expired", "app_session_terminated", "invalid_refresh_token", "token_expired"],
+];
 
 const TRY_MS = 30 * SECOND;
 const ALL_TRIES_MS = 60 * SECOND;
@@ -503,7 +512,7 @@ function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { o
  */
 export async function post(
   token: Secret,
-  { url, proxy }: Pick<Settings, "url" | "proxy">,
+  { url, proxy, clientId }: Pick<Settings, "url" | "proxy" | "clientId">,
   roots: string[],
   stop: AbortSignal,
   still: () => Promise<boolean>,
@@ -511,7 +520,7 @@ export async function post(
 ): Promise<Answer> {
   const { options, close } = engineOptions({ proxy }, roots);
   const deadline = uptime() + ALL_TRIES_MS;
-  const once = () => postOnce(token, url, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
+  const once = () => postOnce(token, url, clientId, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
     for (const pause of [1 * SECOND, 4 * SECOND]) {
       const answer = await once();
@@ -528,7 +537,13 @@ export async function post(
   }
 }
 
-async function postOnce(token: Secret, url: URL, options: object, milliseconds: number): Promise<Answer> {
+async function postOnce(
+  token: Secret,
+  url: URL,
+  clientId: string,
+  options: object,
+  milliseconds: number,
+): Promise<Answer> {
   let response: Response | null = null;
   let body = "";
   const judged = ({ status, headers }: Response): Answer => {
@@ -550,8 +565,9 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
         "content-type": "application/json",
         "user-agent": `codex_auth_refresh/${VERSION}`,
         "connection": "close",
+        "accept-encoding": "identity", // what is compressed is lost with its trailer
       },
-      body: JSON.stringify({ client_id: CLIENT_ID, grant_type: "refresh_token", refresh_token: token.open() }),
+      body: JSON.stringify({ client_id: clientId, grant_type: "refresh_token", refresh_token: token.open() }),
       redirect: "manual",
       signal: timeout.signal,
       ...options,
@@ -570,10 +586,14 @@ async function postOnce(token: Secret, url: URL, options: object, milliseconds: 
 }
 
 /** The text of an answer as it comes, up to the limit. */
-async function* readBody({ body }: Response): AsyncGenerator<string> {
+async function* readBody({ body, headers }: Response): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   let left = MAX_ANSWER_BYTES;
-  for (const reader = body?.getReader(); reader !== undefined;) {
+  // Asked for none, Deno leaves it to us what a server compresses all the same.
+  const [packing] = /^(?:gzip|deflate)$/.exec(headers.get("content-encoding") ?? "") ?? [];
+  const packed = typeof Deno !== "undefined" && packing !== undefined;
+  const plain = packed ? body?.pipeThrough(new DecompressionStream(packing as "gzip")) : body;
+  for (const reader = plain?.getReader(); reader !== undefined;) {
     const { done, value } = await reader.read();
     if (done) break;
     yield decoder.decode(value.subarray(0, left), { stream: true });
@@ -608,11 +628,9 @@ export function judge(status: number, body: string, retryAfter: string | null, n
   // The code stands in error.code, in error itself, or in code.
   const { error } = fields;
   const words = [isObject(error) ? error.code : error, fields.code];
-  const dead = DEAD_CODES.find((each) => words.includes(each));
+  const dead = DEAD_CODES.find((code) => words.some((word) => typeof word === "string" && word.toLowerCase() === code));
   const code = dead ?? words.map(tame).find((word) => word !== null) ?? null;
-  if (status === 401 || dead !== undefined && status >= 400 && status <= 499) {
-    return { kind: "permanent", status, code };
-  }
+  if (status === 401 || dead !== undefined) return { kind: "permanent", status, code };
   const detail = code ?? `the endpoint answered ${status}`;
   return { kind: "transient", status, detail, retryAfterMs: parseRetryAfter(retryAfter, nowMs), lost: false };
 }
@@ -2210,6 +2228,7 @@ Variables (one that is set to the empty string counts as unset):
   CODEX_AUTH_SAFETY_MARGIN_SECONDS     refresh this long before expiry     14400 (4 hours)
   CODEX_AUTH_STALE_AFTER_SECONDS       refresh when last refreshed before  604800 (7 days)
   CODEX_REFRESH_TOKEN_URL_OVERRIDE     the endpoint   ${DEFAULT_URL}
+  CODEX_APP_SERVER_LOGIN_CLIENT_ID     the client id of the request       the Codex CLI's
   CODEX_AUTH_ALLOW_HTTP                1: http also to hosts other than loopback
   CODEX_CA_CERTIFICATE, SSL_CERT_FILE  PEM file of further roots; the first that is set
   https_proxy, http_proxy, ALL_PROXY, NO_PROXY
@@ -2238,6 +2257,15 @@ Examples:
   codex_auth_refresh &
   CODEX_AUTH_REFRESH_INTERVAL_SECONDS=3600 codex_auth_refresh /srv/homes/*/.codex
 `;
+
+/**
+ * Whatever would end the process while an answer is on its way, and can be caught; beside SIGHUP, and what an engine takes
+ * for itself or crashes with (SIGPWR, SIGTRAP, SIGSYS).
+ */
+const ENDING_SIGNALS: NodeJS.Signals[] = [
+  ...["SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT", "SIGALRM", "SIGVTALRM"] as const,
+  ...["SIGPROF", "SIGUSR1", "SIGUSR2", "SIGIO", "SIGXCPU", "SIGXFSZ"] as const,
+];
 
 const MODES = ["once", "status", "health", "metrics"] as const;
 const FLAGS = [...MODES, "force", "json", "verbose", "help", "version"] as const;
@@ -2374,7 +2402,7 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
       });
     }
   };
-  stopOn("SIGTERM", "SIGINT");
+  stopOn(...ENDING_SIGNALS);
   // What they say is in the settings; each engine would read them its own way.
   for (const name of Object.keys(env).filter((name) => /^(https?|all|no)_proxy$/i.test(name))) delete process.env[name];
   if (flags.once) {
@@ -2419,7 +2447,7 @@ async function listen(
       response.writeHead(status, { "content-type": type, "cache-control": "no-store" }).end(body);
     const path = request.url?.split("?")[0];
     if (!["/healthz", "/metrics", "/status"].includes(path ?? "")) return answer(404, "text/plain", "not found\n");
-    if (request.method !== "GET") return answer(405, "text/plain", "GET only\n");
+    if (!/^(GET|HEAD)$/.test(request.method ?? "")) return answer(405, "text/plain", "GET only\n");
     const all = await views();
     if (path === "/metrics") return answer(200, "text/plain; version=0.0.4; charset=utf-8", showMetrics(all));
     if (path === "/status") return answer(200, "application/json", showJson(all.map(withoutPaths)));

@@ -14,6 +14,7 @@ import * as net from "node:net";
 import { join } from "node:path";
 import { DatabaseSync } from "node:sqlite";
 import { setTimeout as sleep } from "node:timers/promises";
+import { gzipSync } from "node:zlib";
 import { authJson, type Behaviour, jwt, type MockOptions, startMockServer } from "./mock_server.ts";
 import * as car from "./refresh.ts";
 
@@ -273,6 +274,11 @@ Deno.test("every verdict has its text", () => {
     [{ auth_mode: "ChatGPT_Auth_Tokens" }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ auth_mode: undefined, OPENAI_API_KEY: "sk-1" }, {}, "skip auth_mode=none"],
     [{ auth_mode: null, OPENAI_API_KEY: "sk-1" }, {}, "skip auth_mode=none"],
+    [{ auth_mode: undefined, personal_access_token: "at-1" }, {}, "skip auth_mode=none"],
+    [{ auth_mode: undefined, bedrock_api_key: { key: "k" } }, {}, "skip auth_mode=none"],
+    [{ auth_mode: "", bedrock_access_keys: { id: "k" } }, {}, "skip auth_mode=none"],
+    [{ auth_mode: undefined, agent_identity: { id: "a" } }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
+    [{ auth_mode: undefined, bedrock_api_key: null }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ auth_mode: undefined }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ auth_mode: undefined, OPENAI_API_KEY: null }, {}, `skip fresh exp_in=${10 * DAY}s age=60s`],
     [{ tokens: undefined }, {}, "skip no_refresh_token"],
@@ -299,6 +305,10 @@ Deno.test("every verdict has its text", () => {
     [{ last_refresh: ago(-DAY) }, { access_token: 7 }, "refresh unparseable_metadata"],
   ];
   for (const [change, tokens, text] of rows) assertEquals(verdict(change, tokens), text);
+  const strange = ["chatgptAuthTokens", "personalAccessToken", "bedrockApiKey", "bedrockAccessKeys", "agentIdentity"];
+  for (const auth_mode of strange) {
+    assertEquals(verdict({ auth_mode, last_refresh: ago(9 * DAY) }), `skip auth_mode=${auth_mode.toLowerCase()}`);
+  }
   assertEquals(verdict({}, {}, true), "refresh forced");
   assertEquals(verdict({ auth_mode: "apikey" }, {}, true), "skip auth_mode=apikey");
   // Where something is due anyway, that is the reason.
@@ -363,7 +373,10 @@ Deno.test("JSON comes out as it went in, numbers to the letter", () => {
 
 // ── post ─────────────────────────────────────────────────────────────────────────────────────────
 
-const DEAD_CODES = ["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"];
+const DEAD_CODES = [
+  ...["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"],
+  ...["app_session_expired", "app_session_terminated", "invalid_refresh_token", "token_expired"],
+];
 const ID_TOKEN = jwt({ email: "user@example.com" });
 
 Deno.test("every answer is judged by its status and its error code, wherever that stands", () => {
@@ -373,10 +386,10 @@ Deno.test("every answer is judged by its status and its error code, wherever tha
     for (const status of statuses) assertEquals(judge(status, body).kind, kind, `${status} ${JSON.stringify(body)}`);
   };
   for (const code of DEAD_CODES) {
-    for (const body of [{ error: { code } }, { error: code }, { code }, { error: { code: null }, code }]) {
-      all([400, 401, 403, 422, 499], body, "permanent");
-      all([302, 500, 503], body, "transient");
-      const answer = judge(401, body);
+    const shout = code.toUpperCase();
+    for (const body of [{ error: { code } }, { error: code }, { code }, { error: { code: null }, code: shout }]) {
+      all([302, 400, 401, 403, 422, 499, 500, 503], body, "permanent");
+      const answer = judge(400, body);
       assertEquals(answer.kind === "permanent" && answer.code, code);
     }
   }
@@ -1209,7 +1222,7 @@ const answered = (name: string, answer: Behaviour, ending: string) =>
 const useless = (name: string, answer: Behaviour) => answered(name, answer, "2 fail:apply_response");
 const refused = (name: string, status: number, code: string, shape: "error.code" | "error" | "code"): Scenario => ({
   ...answered(name, { kind: "status", status, code, shape }, `3 fail:permanent_${status}`),
-  detail: code,
+  detail: code.toLowerCase(),
   says: [new RegExp(`PERMANENT FAILURE \\(http=${status}.*log in again`)],
 });
 /** An answer with other fields; these tokens stay as they were. */
@@ -1305,6 +1318,20 @@ const POST: Scenario[] = [
     const { method, headers } = stage.mock.requests[0] ?? { headers: {} as Record<string, string> };
     assertEquals([method, headers["content-type"]], ["POST", "application/json"]);
     assertEquals(headers["user-agent"], `codex_auth_refresh/${car.VERSION}`);
+    assertEquals(headers["accept-encoding"], "identity");
+  }),
+  drive("the client id is the one that the Codex CLI is told to present", {
+    env: { CODEX_APP_SERVER_LOGIN_CLIENT_ID: "app_of ours" },
+  }, async (stage) => {
+    await stage.once("0 refreshed");
+    assertEquals((JSON.parse(stage.mock.lastRequestBody()) as Fields).client_id, "app_of ours");
+  }),
+  drive("an answer that is compressed all the same is read", {}, async (stage) => {
+    const tokens = stage.mock.login();
+    const body = gzipSync(JSON.stringify(tokens));
+    stage.mock.next({ kind: "raw", body, headers: { "content-encoding": "gzip" } });
+    await stage.once("0 refreshed");
+    assertEquals(stage.tokens(), { ...stage.tokens(), ...tokens });
   }),
   rotates("tokens that are all usable are all stored", { scope: "openid" }),
   rotates("an id_token that is no JWT is left out", { id_token: "not-a-jwt-at-all" }, "id_token"),
@@ -1323,7 +1350,9 @@ const POST: Scenario[] = [
   refused("an invalidated token needs a new login", 403, "refresh_token_invalidated", "code"),
   refused("an invalid grant needs a new login", 400, "invalid_grant", "error"),
   answered("a 400 for another reason is worth another try", status(400), "2 fail:transient_400"),
-  answered("a 500 is worth another try whatever it names", status(500, "refresh_token_reused"), "2 fail:transient_500"),
+  refused("a token is dead at any status", 503, "REFRESH_TOKEN_REUSED", "error.code"),
+  refused("a token of an ended session needs a new login", 400, "app_session_terminated", "error.code"),
+  answered("a 500 is worth another try", status(500, "server_error"), "2 fail:transient_500"),
   answered("a server in trouble is worth another try", status(503), "2 fail:transient_503"),
   answered("too many requests are worth another try", { kind: "retry_after", value: "9" }, "2 fail:transient_429"),
   drive("a redirect receives nothing", {}, async (stage) => {
@@ -1826,6 +1855,13 @@ const env = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", CODEX_AUTH_SAFETY_MARGIN
 const RARELY = { env: RARE, expires: 300 * DAY, age: 60 };
 const IN_A_MONTH = /^next check in 3[0-3] d/;
 
+/** Signals that would end a process that does not take them. */
+const ENDING = [
+  ...["SIGTERM", "SIGINT", "SIGQUIT", "SIGABRT", "SIGALRM", "SIGVTALRM"] as const,
+  ...["SIGPROF", "SIGUSR2", "SIGIO", "SIGXCPU", "SIGXFSZ"] as const,
+  "SIGUSR1" as const,
+];
+
 const LOOP: Scenario[] = [
   loops("the loop refreshes again and again", { env, mock: { accessTokenSeconds: 2 } }, async (stage, run) => {
     await run.said(/^refresh: ok /, 3);
@@ -1936,7 +1972,7 @@ const LOOP: Scenario[] = [
       },
     )
   ),
-  ...([["SIGTERM", "--once"], ["SIGHUP", "--once"], ["SIGTERM"]] as [Deno.Signal, ...string[]][]).map((
+  ...([["SIGTERM", "--once"], ["SIGHUP", "--once"], ["SIGTERM"], ["SIGQUIT"]] as [Deno.Signal, ...string[]][]).map((
     [signal, ...flags],
   ) =>
     drive(
@@ -1950,7 +1986,7 @@ const LOOP: Scenario[] = [
         await until("a request", () => stage.mock.requests.length === 1);
         run.kill(signal);
         await run.said(new RegExp(signal));
-        for (const further of ["SIGTERM", "SIGINT", "SIGHUP"] as const) run.kill(further);
+        for (const further of [...ENDING, "SIGHUP"] as const) run.kill(further);
         release();
         await stage.expect(run, "0 refreshed");
         assert(stage.isNewest() && stage.mock.requests.length === 1);
@@ -2193,6 +2229,10 @@ const MAIN: Scenario[] = [
     assertEquals((JSON.parse((await ask("/status?x")).text) as Fields).home, stage.home);
     for (const path of ["/", "/auth.json", "/status/", "//status"]) assertEquals((await ask(path)).status, 404, path);
     assertEquals((await ask("/status", "POST")).status, 405);
+    for (const path of ["/healthz", "/metrics", "/status"]) {
+      const head = await ask(path, "HEAD");
+      assertEquals([head.status, head.text], [200, ""], path);
+    }
     fs.writeFileSync(stage.auth, authJson(stage.mock.login({ accessTokenSeconds: -5 }), new Date(0)));
     run.kill("SIGHUP");
     await run.said(/second hard link/);
