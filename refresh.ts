@@ -24,7 +24,6 @@ import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
-import { parseArgs as untypedParseArgs } from "@std/cli/parse-args";
 import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 
 export const VERSION = "1.0.0";
@@ -2268,32 +2267,37 @@ const ENDING_SIGNALS: NodeJS.Signals[] = [
 ];
 
 const MODES = ["once", "status", "health", "metrics"] as const;
-const FLAGS = [...MODES, "force", "json", "verbose", "help", "version"] as const;
-type Arguments = Record<typeof FLAGS[number], boolean> & { _: string[]; listen?: string };
+const SWITCH = { type: "boolean", default: false } as const;
+const FLAGS = {
+  once: SWITCH,
+  force: SWITCH,
+  status: SWITCH,
+  json: SWITCH,
+  verbose: SWITCH,
+  health: SWITCH,
+  metrics: SWITCH,
+  help: { ...SWITCH, short: "h" },
+  version: { ...SWITCH, short: "V" },
+  listen: { type: "string" },
+} as const;
 
-function readArguments(args: readonly string[]): Arguments {
-  const known = ["-h", "-V", "--listen", "--", ...FLAGS.map((flag) => `--${flag}`)];
-  // The parser would take whatever looks like a flag, and would take true or false for the value of the flag before it.
-  for (const [index, arg] of args.slice(0, [...args, "--"].indexOf("--")).entries()) {
-    if (/^-./.test(arg) && !known.includes(arg.replace(/^--listen=.*/s, "--listen"))) {
-      throw new UsageError(arg.includes("=") ? `${arg}: there is no such flag with a value` : `unknown flag ${arg}`);
-    }
-    if (/^(true|false)$/.test(arg) && args[index - 1]?.startsWith("-")) {
-      throw new UsageError(`${arg}: flags take no value; a home of that name is ./${arg}`);
-    }
+function parse(args: readonly string[]) {
+  try {
+    return builtin("node:util").parseArgs({ args: [...args], options: FLAGS, allowPositionals: true });
+  } catch (error) {
+    throw new UsageError((error as Error).message.replace(/\. To specify.*/s, "").replaceAll("\n", " "));
   }
-  const parsed = untypedParseArgs([...args], {
-    boolean: FLAGS,
-    string: ["_", "listen"],
-    alias: { h: "help", V: "version" },
-  }) as Arguments;
+}
+
+function readArguments(args: readonly string[]) {
+  const { values: parsed, positionals: homes } = parse(args);
   const modes = MODES.filter((mode) => parsed[mode]);
   if (modes.length > 1) throw new UsageError(`--${modes.join(" and --")} exclude each other`);
   if (parsed.force && !parsed.once) throw new UsageError("--force goes with --once");
   if ((parsed.json || parsed.verbose) && !parsed.status) throw new UsageError("--json and --verbose go with --status");
   if (parsed.json && parsed.verbose) throw new UsageError("--json and --verbose exclude each other");
   if (parsed.listen !== undefined && modes.length > 0) throw new UsageError(`--listen does not go with --${modes[0]}`);
-  return parsed;
+  return { ...parsed, homes };
 }
 
 /**
@@ -2375,7 +2379,7 @@ async function run(args: readonly string[], env: Environment, write: (line: stri
     return print(`codex_auth_refresh ${VERSION} (${deno === undefined ? `bun ${bun}` : `deno ${deno}`})\n`);
   }
   const settings = readSettings(env);
-  const homes = readHomes(flags._, env);
+  const homes = readHomes(flags.homes, env);
   const address = flags.listen === undefined ? null : readAddress(flags.listen);
   const views = () => viewAll(homes, settings, flags.verbose);
   if (flags.json) return await print(showJson(await views()));

@@ -2065,12 +2065,13 @@ FLAGS.push("--help", "-h", "--version", "-V");
 const VARIABLES = [
   ...BAD_VALUES.map(([name]) => name).filter((name) => name !== "HTTPS_PROXY"),
   "CODEX_HOME",
+  "CODEX_APP_SERVER_LOGIN_CLIENT_ID",
   "https_proxy",
 ];
 const MISTAKES = [["--onse"], ["--once", "-x"], ["--once=false"], ["--force"], ["--json"], ["--once", "--status"], [
   "",
 ]];
-MISTAKES.push(["--on\nse"], ["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["--once", "true"], [
+MISTAKES.push(["--on\nse"], ["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["--listen="], [
   "--once",
   "--force=1",
 ]);
