@@ -199,7 +199,7 @@ function realPath(path: string, again = true): string {
 
 /**
  * A token. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply` open
- * it. The latest values are remembered, so that one that slips into a log line by another way does not get out.
+ * it. The latest values are remembered: a last net for one that comes back from outside, in an answer say.
  */
 export class Secret {
   static #recent: string[] = [];
@@ -213,11 +213,6 @@ export class Secret {
   /** Replaces every token that is known by now. */
   static redact(text: string): string {
     return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
-  }
-  /** Whether a text holds nine characters in a row of a token. */
-  static leaks(text: string): boolean {
-    const pieces = Array.from({ length: Math.max(0, text.length - 8) }, (_, start) => text.slice(start, start + 9));
-    return pieces.some((piece) => Secret.#recent.some((value) => value.includes(piece)));
   }
   /** The value itself, for the request's body and for auth.json. */
   open = (): string => this.#value;
@@ -234,9 +229,9 @@ export class Secret {
   }
 }
 
-/** A word that somebody else wrote, if it is harmless enough to repeat. */
-function tame(word: unknown): string | null {
-  return typeof word === "string" && /^[a-z0-9_.-]{1,40}$/i.test(word) && !Secret.leaks(word) ? word : null;
+/** A word that somebody else wrote, if it is harmless enough to repeat: letters, where digits may be a piece of a token. */
+function tame(word: unknown, form = /^[a-z_]{1,40}$/i): string | null {
+  return typeof word === "string" && form.test(word) && Secret.redact(word) === word ? word : null;
 }
 
 /** No control characters: a file name may hold a line break, a log line may not. */
@@ -312,7 +307,7 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   if (mode === "" && others.some((name) => (document[name] ?? null) !== null)) return skip("auth_mode=none");
   const modes = ["", "chatgpt", "chatgpt_auth_tokens"];
   if (!modes.includes(mode.toLowerCase())) {
-    const shown = /^[ -~]{1,40}$/.test(mode) && !Secret.leaks(mode) ? mode.toLowerCase() : "unknown";
+    const shown = tame(mode, /^[ -~]{1,40}$/)?.toLowerCase() ?? "unknown";
     return skip(`auth_mode=${shown}`);
   }
   if (token === null) return skip("no_refresh_token");
@@ -337,8 +332,7 @@ function credentialOf(document: JsonObject, nowMs: number): Credential {
   const text = typeof document.last_refresh === "string" ? document.last_refresh : "";
   const refreshed = parseTimestamp(text);
   return {
-    // To the letter, unless a token hides in it.
-    lastRefresh: refreshed !== null || text.length <= 40 && !Secret.leaks(text) ? text : "",
+    lastRefresh: refreshed !== null || text.length <= 40 ? Secret.redact(text) : "",
     lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
     expiresMs: expiryOf(tokens.access_token ?? ""),
     refreshToken: tokens.refresh_token === undefined ? null : new Secret(tokens.refresh_token),
@@ -453,26 +447,21 @@ const ALL_TRIES_MS = 60 * SECOND;
 const MAX_ANSWER_BYTES = 1 << 20;
 
 /**
- * Further root certificates, PEM, one each. Throws a {@link CannotStart} where they cannot be read, since then no server
- * could be trusted. Beside them the file may hold anything, and OpenSSL's TRUSTED form is taken too, without the trust
- * settings that follow the certificate in it (custom_ca.rs of the Codex CLI).
+ * Further root certificates, PEM, one each; around them the file may hold anything. Throws a {@link CannotStart} where they
+ * cannot be read, since then no server could be trusted.
  */
 export function readRoots({ caFile }: Pick<Settings, "caFile">): string[] {
   if (caFile === null) return [];
   const { X509Certificate } = builtin("node:crypto");
   const fail = (why: string) => new CannotStart(`${caFile.name}=${caFile.path}: ${why}`);
-  const blocks = readText(caFile.path)?.matchAll(/-----BEGIN (?:TRUSTED |X509 )?CERTIFICATE-----([^-]*)-----END /g);
-  const roots = [...blocks ?? []].map(([, base64 = ""]) => {
-    const bytes = Buffer.from(base64, "base64");
-    const long = Math.max(0, (bytes[1] ?? 0) - 0x80); // DER: how many bytes the length takes, where it is no short one
-    const length = 2 + long + (long === 0 ? bytes[1] ?? 0 : Number(`0x${bytes.subarray(2, 2 + long).toString("hex")}`));
-    try {
-      return new X509Certificate(bytes.subarray(0, length)).toString();
-    } catch {
-      throw fail("holds a certificate that cannot be read");
-    }
-  });
-  if (roots.length === 0) throw fail(blocks === undefined ? "cannot be read" : "holds no PEM certificate");
+  const text = readText(caFile.path) ?? "";
+  const roots = text.match(/-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----/g);
+  if (roots === null) throw fail(text === "" ? "cannot be read, or is empty" : "holds no PEM certificate");
+  try {
+    for (const root of roots) new X509Certificate(root);
+  } catch {
+    throw fail("holds a certificate that cannot be read");
+  }
   return roots;
 }
 
@@ -628,7 +617,7 @@ export function judge(status: number, body: string, retryAfter: string | null, n
   const { error } = fields;
   const words = [isObject(error) ? error.code : error, fields.code];
   const dead = DEAD_CODES.find((code) => words.some((word) => typeof word === "string" && word.toLowerCase() === code));
-  const code = dead ?? words.map(tame).find((word) => word !== null) ?? null;
+  const code = dead ?? words.map((word) => tame(word)).find((word) => word !== null) ?? null;
   if (status === 401 || dead !== undefined) return { kind: "permanent", status, code };
   const detail = code ?? `the endpoint answered ${status}`;
   return { kind: "transient", status, detail, retryAfterMs: parseRetryAfter(retryAfter, nowMs), lost: false };
@@ -1532,7 +1521,7 @@ export function view(home: string, read: Read, status: Status, store: string, no
     ...diagnose(home, text || "due", status, credential, nowMs, settings),
     warnings,
     plan: tame(chatgpt_plan_type),
-    account_id: tame(chatgpt_account_id),
+    account_id: tame(chatgpt_account_id, /^[0-9a-z-]{1,40}$/i),
     access_token_remaining_seconds: seconds(nowMs),
     access_token_lifetime_seconds: seconds(fromMs),
     ...status,
@@ -1592,7 +1581,7 @@ async function viewAll(homes: readonly Home[], settings: Settings, verbose = fal
     const read = await readSettled(locate(home).path);
     const shown = view(oneLine(home.dir), read, readStatus(home.status), storeOf(home), Date.now(), settings);
     const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
-    return verbose && typeof email === "string" && !Secret.leaks(email) ? { ...shown, email: oneLine(email) } : shown;
+    return verbose && typeof email === "string" ? { ...shown, email: oneLine(email) } : shown;
   }));
   const rank = ({ state }: View) => ["unhealthy", "healthy", "inert"].indexOf(state);
   return views.sort((one, other) => rank(one) - rank(other));
