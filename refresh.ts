@@ -2056,6 +2056,18 @@ export function humanize(milliseconds: number): string {
   return first < 0 ? "0 s" : parts.slice(first, first + 2).filter((part) => !part.startsWith("0 ")).join(" ");
 }
 
+/** What the loop goes by; tests and simulations bring their own. */
+export interface Clock {
+  /** Milliseconds since 1970. */
+  readonly now: () => number;
+  /** Milliseconds that have passed, whatever happens to the clock on the wall. */
+  readonly uptime: () => number;
+  /** Chance, from [0, 1). */
+  readonly random: () => number;
+  readonly sleep: (milliseconds: number, signal?: AbortSignal) => Promise<void>;
+}
+export const CLOCK: Clock = { now: Date.now, uptime, random: Math.random, sleep };
+
 /** One home in the loop. `at` is when to look, `identity` what auth.json was at the last look. */
 interface Watch {
   readonly home: Home;
@@ -2063,10 +2075,59 @@ interface Watch {
   busy: boolean;
   at: number;
   identity: string;
+  /** Whether a SIGHUP came while an attempt was under way. */
+  hungUp: boolean;
   failures: number;
   rejected: string | null;
   /** The fingerprint of the refresh token that the endpoint has not accepted: another look at it changes no plan. */
   refused: string | null;
+}
+
+/** What the homes of a loop share. */
+interface Shared extends Pick<Context, "settings" | "stop" | "patience"> {
+  readonly clock: Clock;
+}
+
+/** Plans the next look at a home, tells of it, and returns its moment. */
+function plan(watch: Watch, known: Omit<Known, "failures">, { settings, clock }: Shared): number {
+  const now = clock.now();
+  const { at, why } = schedule({ ...known, failures: watch.failures }, settings, now, clock.random());
+  if (at > now) watch.log("info", "next", `next check in ${humanize(at - now)} (${why})`);
+  return watch.at = at;
+}
+
+/** Plans without an attempt: at the start, and when somebody else has written auth.json. */
+function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void {
+  watch.identity = identify(watch.home);
+  const { path } = locate(watch.home);
+  const { verdict, credential } = decide(readAuth(path), shared.clock.now(), shared.settings);
+  const due = verdict.kind === "refresh" && !hasTemporaries(path);
+  if (due && outcome === "changed" && watch.refused === verdict.token.fingerprint()) return;
+  const at = plan(watch, { outcome, due, credential, retryAfterMs: null }, shared);
+  if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
+}
+
+/** One attempt on a home, and the plan that follows from it. */
+async function run(watch: Watch, shared: Shared): Promise<void> {
+  const { home, log, rejected } = watch;
+  const { settings, stop, patience, clock } = shared;
+  const before = identify(home);
+  [watch.busy, watch.hungUp] = [true, false];
+  const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
+    const read = readAuth(locate(home).path);
+    const { verdict, credential } = decide(read, clock.now(), settings);
+    const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
+    const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
+    watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
+    watch.rejected = result.rejected;
+    watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
+    const outcome = unreadable ? "unreadable" : result.outcome;
+    return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" }, shared);
+  });
+  // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
+  watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
+  if (watch.hungUp) watch.at = 0;
+  watch.busy = false;
 }
 
 /**
@@ -2079,93 +2140,54 @@ export async function loop(
   logOf: (home: Home) => Log,
   stop: AbortSignal,
   onHangUp: (look: () => void) => void,
+  clock: Clock = CLOCK,
 ): Promise<void> {
+  const idle = { busy: false, at: 0, identity: "", hungUp: false, failures: 0, rejected: null, refused: null };
+  const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
+  const running = new Set<Promise<void>>();
+  let alarm = new AbortController();
   // While it lives the loop never gives up on an answer; after a SIGTERM it has another minute.
   let stoppedAt = Infinity;
-  let wake = new AbortController();
   stop.addEventListener("abort", () => {
     stoppedAt = uptime();
-    wake.abort();
+    alarm.abort();
   });
-  const patience = () => stoppedAt + MINUTE;
-
-  const plan = (watch: Watch, known: Omit<Known, "failures">): number => {
-    const now = Date.now();
-    const { at, why } = schedule({ ...known, failures: watch.failures }, settings, now, Math.random());
-    if (at > now) watch.log("info", "next", `next check in ${humanize(at - now)} (${why})`);
-    return watch.at = at;
-  };
-  // Plans without an attempt: at the start, and when somebody else has written auth.json.
-  const look = (watch: Watch, outcome: "start" | "changed"): void => {
-    watch.identity = identify(watch.home);
-    const { path } = locate(watch.home);
-    const { verdict, credential } = decide(readAuth(path), Date.now(), settings);
-    const due = verdict.kind === "refresh" && !hasTemporaries(path);
-    if (due && outcome === "changed" && watch.refused === verdict.token.fingerprint()) return;
-    const at = plan(watch, { outcome, due, credential, retryAfterMs: null });
-    if (at > Date.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
-  };
-  const run = async (watch: Watch): Promise<void> => {
-    const { home, log } = watch;
-    const before = identify(home);
-    const heard = hangUps;
-    const { rejected } = watch;
-    const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
-      const read = readAuth(locate(home).path);
-      const { verdict, credential } = decide(read, Date.now(), settings);
-      const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
-      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
-      watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
-      watch.rejected = result.rejected;
-      watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
-      const outcome = unreadable ? "unreadable" : result.outcome;
-      return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" });
-    });
-    // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
-    watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
-    if (hangUps !== heard) watch.at = 0;
-    watch.busy = false;
-    wake.abort();
-  };
-
-  const watches = homes.map((home): Watch => (
-    { home, log: logOf(home), busy: false, at: 0, identity: "", failures: 0, rejected: null, refused: null }
-  ));
-  let hangUps = 0;
   onHangUp(() => {
-    hangUps++;
-    for (const watch of watches) watch.at = 0;
-    wake.abort();
+    for (const watch of watches) [watch.at, watch.hungUp] = [0, true];
+    alarm.abort();
   });
-  for (const watch of watches) look(watch, "start");
-  const running = new Set<Promise<void>>();
-  let [wall, up, looked] = [Date.now(), uptime(), uptime()];
+  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, clock };
+  for (const watch of watches) look(watch, "start", shared);
+
+  let [wall, up, looked] = [clock.now(), clock.uptime(), clock.uptime()];
   while (!stop.aborted) {
-    const now = Date.now();
-    // A clock that was set back must not make the planned waits longer.
-    const back = uptime() - up - (now - wall);
-    if (back > SECOND) {
-      for (const watch of watches) {
-        watch.at -= back;
-        if (watch.at > now) writeStatus(watch.home, { next_run_iso: iso(watch.at) }, watch.log);
-      }
-    }
-    const step = back > SECOND || uptime() - looked >= STEP_MS;
-    [wall, up, looked] = [now, uptime(), step ? uptime() : looked];
-    for (const watch of watches) {
-      if (watch.busy) continue;
-      if (step && now < watch.at && identify(watch.home) !== watch.identity) look(watch, "changed");
+    const now = clock.now();
+    const back = clock.uptime() - up - (now - wall);
+    const steps = back > SECOND || clock.uptime() - looked >= STEP_MS;
+    [wall, up] = [now, clock.uptime()];
+    if (steps) looked = up;
+    for (const watch of watches.filter(({ busy }) => !busy)) {
+      if (back > SECOND) setBack(watch, back, now);
+      if (steps && now < watch.at && identify(watch.home) !== watch.identity) look(watch, "changed", shared);
       if (now < watch.at) continue;
-      watch.busy = true;
-      const attempt = run(watch).finally(() => running.delete(attempt));
+      const attempt = run(watch, shared).finally(() => {
+        running.delete(attempt);
+        alarm.abort();
+      });
       running.add(attempt);
     }
-    wake = new AbortController();
+    alarm = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
-    await sleep(Math.max(0, Math.min(looked + STEP_MS - uptime(), next - Date.now())), wake.signal);
-    await sleep(0); // whatever wakes us, signals come first
+    await clock.sleep(Math.max(0, Math.min(looked + STEP_MS - clock.uptime(), next - clock.now())), alarm.signal);
+    await clock.sleep(0); // whatever wakes us, signals come first
   }
   await Promise.all(running);
+}
+
+/** A clock that was set back must not make a planned wait longer. */
+function setBack(watch: Watch, milliseconds: number, now: number): void {
+  watch.at -= milliseconds;
+  if (watch.at > now) writeStatus(watch.home, { next_run_iso: iso(watch.at) }, watch.log);
 }
 
 function hasTemporaries(path: string): boolean {
@@ -2348,7 +2370,7 @@ async function print(text: string): Promise<number> {
 async function main(args: readonly string[], env: Environment): Promise<number> {
   const { write, settled } = openLog();
   try {
-    return await run(args, env, write);
+    return await start(args, env, write);
   } catch (error) {
     const usage = error instanceof UsageError;
     write(
@@ -2360,7 +2382,7 @@ async function main(args: readonly string[], env: Environment): Promise<number> 
   }
 }
 
-async function run(args: readonly string[], env: Environment, write: (line: string) => void): Promise<number> {
+async function start(args: readonly string[], env: Environment, write: (line: string) => void): Promise<number> {
   const flags = readArguments(args);
   if (flags.help) return print(HELP);
   if (flags.version) {

@@ -774,16 +774,18 @@ class Loop {
     until(`${pattern} ${times} times in\n${this.lines.join("\n")}`, () => this.count(index, pattern) >= times);
 
   async run(act: (step: () => void) => Promise<void>): Promise<void> {
-    const real = { setTimeout: globalThis.setTimeout, date: Date.now, uptime: performance.now, random: Math.random };
     const sleepers = new Set<() => void>();
     let passed = 0;
-    globalThis.setTimeout = ((done: () => void, milliseconds: number) => {
-      if (milliseconds > 1000) sleepers.add(done);
-      return real.setTimeout(done, milliseconds);
-    }) as typeof setTimeout;
-    Date.now = () => real.date() + passed;
-    performance.now = () => real.uptime.call(performance) + passed;
-    Math.random = () => 0.5;
+    const clock: car.Clock = {
+      now: () => Date.now() + passed,
+      uptime: () => performance.now() + passed,
+      random: () => 0.5,
+      sleep: (milliseconds, signal = new AbortController().signal) => {
+        const woken = new AbortController();
+        if (milliseconds > 1000) sleepers.add(() => woken.abort());
+        return car.CLOCK.sleep(milliseconds, AbortSignal.any([signal, woken.signal]));
+      },
+    };
     const stop = new AbortController();
     try {
       const settings = car.readSettings({ ...RARE, [URL_NAME]: this.mock.url });
@@ -792,7 +794,7 @@ class Loop {
         this.lines.push(`${homes.indexOf(home)} ${text}`);
         this.onLine(text);
       };
-      const looped = car.loop(homes, settings, logOf, stop.signal, (look) => this.hangUp = look);
+      const looped = car.loop(homes, settings, logOf, stop.signal, (look) => this.hangUp = look, clock);
       await act(() => {
         passed += 46_000;
         sleepers.forEach((wake) => wake());
@@ -802,8 +804,6 @@ class Loop {
       await looped;
     } finally {
       stop.abort();
-      [globalThis.setTimeout, Date.now, performance.now] = [real.setTimeout, real.date, real.uptime];
-      Math.random = real.random;
       await this.mock.close();
     }
   }
