@@ -97,7 +97,19 @@ deno-compile = NO_COLOR=1 $(patience) $(DENO) compile --no-config --no-prompt \
 # small heap starts a little faster than a large one.
 bun-compile = $(BUN) build --compile --bytecode --format=esm --compile-exec-argv=--smol $(1) \
 	$(foreach file,dotenv bunfig tsconfig package-json,--no-compile-autoload-$(file)) \
-	--outfile=$@ $< >$@.log 2>&1 || { cat $@.log >&2; exit 1; }
+	--outfile=$@ $< >$@.log 2>&1 $(if $(findstring darwin,$(1)),,&& $(rename-variables) >>$@.log 2>&1) || \
+	{ cat $@.log >&2; exit 1; }
+
+# Variables by which whoever starts the executable would turn it into another program, and for which the engine has no
+# switch, get names that nobody sets. Not for macOS: it would no longer be the program that was signed.
+rename-variables = $(DENO) eval ' \
+	const [path] = Deno.args, bytes = Deno.readFileSync(path), text = new TextDecoder("latin1").decode(bytes); \
+	for (const name of ["BUN_BE_BUN", "BUN_OPTIONS", "BUN_INSPECT"]) { \
+		let at = text.indexOf(name); \
+		if (at < 0) throw new Error(`no $${name} in $${path}`); \
+		for (; at >= 0; at = text.indexOf(name, at + 1)) bytes[at] = "_".charCodeAt(0); \
+	} \
+	Deno.writeFileSync(path, bytes);' $@
 
 compile-bun = $(bun-compile); echo "$@: compiled by bun $$($(BUN) -v), as ENGINE=bun asks"
 

@@ -2274,11 +2274,19 @@ const MAIN: Scenario[] = [
     },
   ),
   drive(
-    "the executable reads nothing from the folder that it is started in",
+    "the executable is no other program, whatever it finds in the folder or the environment that it is started in",
     { forms: ["executable"] },
     async (stage) => {
       for (const [name, text] of Object.entries(TRAPS)) fs.writeFileSync(join(stage.dir, name), text);
       await stage.once("0 refreshed");
+      const preload = { BUN_OPTIONS: "--preload ./evil.ts", BUN_INSPECT_PRELOAD: "./evil.ts" };
+      for (const [name, value] of Object.entries({ BUN_BE_BUN: "1", BUN_INSPECT: "127.0.0.1:0/", ...preload })) {
+        await stage.expect(
+          stage.spawn([...FORMS[stage.form] ?? [], "--once", "--force"], { [name]: value }),
+          "0 refreshed",
+        );
+      }
+      assertEquals(stage.mock.requests.length, 5);
       assertEquals(fs.existsSync(join(stage.dir, "evil")), false);
     },
   ),
