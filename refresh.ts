@@ -2445,9 +2445,9 @@ async function start(args: readonly string[], env: Environment, write: (line: st
 
 /** ADDR:PORT, or PORT alone, which is one on loopback. */
 function readAddress(text: string): { host: string; port: number } {
-  const [, host = "127.0.0.1", port = ""] = /^(?:\[?([^\]]+?)\]?:|:)?(\d+)$/.exec(text) ?? [];
+  const [, v6, name, port = ""] = /^(?:\[([0-9a-f:.]+)\]:|([\w.-]*):)?(\d+)$/i.exec(text) ?? [];
   if (port === "" || Number(port) > 65535) throw new UsageError(`--listen ${text}: must be ADDR:PORT, or PORT`);
-  return { host, port: Number(port) };
+  return { host: v6 || name || "127.0.0.1", port: Number(port) };
 }
 
 /** Answers `/healthz`, `/metrics` and `/status` over HTTP, and nothing else. Resolves to the port once it listens. */
@@ -2469,7 +2469,11 @@ async function listen(
     return answer(all.some(({ state }) => state === "unhealthy") ? 503 : 200, "text/plain", showHealth(all));
   });
   await new Promise<void>((resolve, reject) => {
-    server.once("error", (error) => reject(new UsageError(`--listen ${host}:${port}: ${errorName(error)}`)));
+    server.once("error", (error) => {
+      const why = `--listen ${host}:${port}: ${errorName(error)}`;
+      // An address that is taken, or not there yet, may be had at the next start.
+      reject(why.includes("EADDR") ? new Error(why) : new UsageError(why));
+    });
     server.listen(port, host, resolve);
   });
   stop.addEventListener("abort", () => {

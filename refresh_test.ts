@@ -2070,6 +2070,7 @@ MISTAKES.push(["--on\nse"], ["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["
   "--once",
   "--force=1",
 ]);
+MISTAKES.push(["--listen=[::1"], ["--listen=[::1:80"], ["--listen=host name:1"], ["--listen=::1:80"]);
 MISTAKES.push(["--listen"], ["--listen", "here"], ["--listen=1.2.3.4:65536"], ["--listen", "80", "--once"]);
 MISTAKES.push(["--status", "--json", "--verbose"], ["--health", "--metrics"], ["--once", "--verbose"]);
 const TRAPS = {
@@ -2238,6 +2239,15 @@ const MAIN: Scenario[] = [
     assert(/"watchdog_last_outcome": "fail:preflight"/.test(told.text) && !told.text.includes("auth.json"), told.text);
     run.kill("SIGTERM");
     assertEquals(await run.ended, 0, run.stderr);
+  }),
+  drive("a port that is in use may be free at the next start", FRESH, async (stage) => {
+    const taken = net.createServer();
+    await new Promise<void>((go) => taken.listen(0, "127.0.0.1", go));
+    const { port } = taken.address() as net.AddressInfo;
+    const run = stage.start("--listen", `${port}`);
+    assertEquals(await run.ended, 2, run.stderr);
+    assert(run.says(/EADDRINUSE/), run.stderr);
+    taken.close();
   }),
   drive("it is a mistake to name a file in place of a home", {}, async (stage) => {
     const run = stage.start("--once", stage.auth);
