@@ -177,9 +177,13 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
   const homes = new Map<string, Home>();
   for (const name of names.length > 0 ? names : [preset]) {
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
-    const dir = resolve(name);
-    if (statOf(dir)?.isDirectory() === false) {
+    const dir = resolve(name.replace(/^~(?=\/|$)/, env.HOME || "~")); // no shell has expanded it
+    const found = statOf(dir);
+    if (found?.isDirectory() === false) {
       throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
+    }
+    if (found === null && /[\p{Cc}\ufffd]|^(["']).*\1$/su.test(name)) {
+      throw new UsageError(`CODEX_HOME=${JSON.stringify(name)}: must be a path, without quotes or control characters`);
     }
     const real = realPath(dir);
     if (!homes.has(real)) homes.set(real, { dir, status: join(dir, STATUS_FILE) });
@@ -1500,8 +1504,8 @@ export interface View extends Status {
 /** The claim in which OpenAI's tokens name plan and account. */
 const AUTH_CLAIM = "https://api.openai.com/auth";
 
-/** A view from what was read: auth.json, the status file, and where config.toml says that logins are kept. Pure. */
-export function view(home: string, read: Read, status: Status, store: string, nowMs: number, settings: Settings): View {
+/** A view from what was read: auth.json, the status file, and what is odd about the home. Pure. */
+export function view(home: string, read: Read, status: Status, odd: string[], nowMs: number, settings: Settings): View {
   const { verdict, credential } = decide(read, nowMs, settings);
   const { expiresMs, lastRefreshMs, refreshToken } = credential;
   const { id_token = "", access_token = "" } = read.kind === "whole" ? tokensOf(read.document) : {};
@@ -1512,7 +1516,7 @@ export function view(home: string, read: Read, status: Status, store: string, no
   const seconds = (from: number | null) =>
     expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND);
   const text = verdict.kind === "skip" ? verdict.text : "";
-  const warnings = store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`];
+  const warnings = [...odd];
   if (text.startsWith("auth_mode=") && refreshToken !== null) {
     warnings.push(`${text}, so the refresh token is not used`);
   }
@@ -1579,7 +1583,7 @@ function diagnose(
 async function viewAll(homes: readonly Home[], settings: Settings, verbose = false): Promise<View[]> {
   const views = await Promise.all(homes.map(async (home) => {
     const read = await readSettled(locate(home).path);
-    const shown = view(oneLine(home.dir), read, readStatus(home.status), storeOf(home), Date.now(), settings);
+    const shown = view(oneLine(home.dir), read, readStatus(home.status), oddities(home), Date.now(), settings);
     const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
     return verbose && typeof email === "string" ? { ...shown, email: oneLine(email) } : shown;
   }));
@@ -1593,10 +1597,11 @@ function storeOf(home: Home): string {
   return tame(/^\s*["']?cli_auth_credentials_store["']?\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
 }
 
-function warnOfStore(home: Home, log: Log): void {
+/** What is odd about a home, whatever its auth.json holds. */
+function oddities(home: Home): string[] {
+  if (statOf(home.dir) === null) return ["the folder does not exist"];
   const store = storeOf(home);
-  const text = `${home.dir}: config.toml keeps logins in "${store}", not in auth.json`;
-  if (store !== "file") log("warning", "credentials_store", text);
+  return store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`];
 }
 
 /** One line for probes. */
@@ -2407,6 +2412,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
 
   const logOf = (home: Home | null) => logTo(write, settings.logFormat, home, homes.length > 1);
   const log = logOf(null);
+  const warn = (home: Home) => oddities(home).forEach((each) => log("warning", "odd_home", `${home.dir}: ${each}`));
   const stopping = new AbortController();
   const stop = stopping.signal;
   const stopOn = (...signals: NodeJS.Signals[]) => {
@@ -2426,15 +2432,13 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     const context = { settings, force: flags.force, stop, patience, rejected: null };
     const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
     // A login that is not in auth.json may be where we do not look.
-    homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").forEach((home) =>
-      warnOfStore(home, log)
-    );
+    homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").forEach(warn);
     return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
   }
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
-  for (const home of homes) warnOfStore(home, log);
+  homes.forEach(warn);
   if (address !== null) {
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);

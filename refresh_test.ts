@@ -187,6 +187,11 @@ Deno.test("homes come from the arguments, else CODEX_HOME, else HOME, else the f
   assertEquals(dirs([], { CODEX_HOME: "", HOME: "/x/d" }), ["/x/d/.codex"]);
   assertEquals(dirs([], { HOME: "" }), ["/home/agent/.codex"]);
   assertEquals(dirs([], {}), ["/home/agent/.codex"]);
+  assertEquals([dirs([], { CODEX_HOME: "~/a", HOME: "/x/d" }), dirs(["~"], { HOME: "/x/d" })], [["/x/d/a"], ["/x/d"]]);
+  for (const bad of ["/x/a\r", '"/x/a"', "'/x/a'", "/x/\ufffd"]) {
+    const { message } = assertThrows(() => car.readHomes([], { CODEX_HOME: bad }), car.UsageError);
+    assert(message.startsWith(`CODEX_HOME=${JSON.stringify(bad)}: `), message);
+  }
   for (const bad of ["", join(scratch, "roots.pem")]) assertThrows(() => car.readHomes([bad], {}), car.UsageError);
 });
 
@@ -500,7 +505,7 @@ Deno.test("a field of the status file that is missing or of the wrong type is as
 });
 
 /** How a home stands: a login with these tokens, last refreshed so long ago, and what the status file says. */
-function viewOf(status: Partial<car.Status>, tokens: Fields = {}, change: Fields = {}, store = "file"): car.View {
+function viewOf(status: Partial<car.Status>, tokens: Fields = {}, change: Fields = {}, odd: string[] = []): car.View {
   const document = {
     auth_mode: "chatgpt",
     tokens: { access_token: expiring(2 * DAY), refresh_token: "rt_view", ...tokens },
@@ -509,7 +514,7 @@ function viewOf(status: Partial<car.Status>, tokens: Fields = {}, change: Fields
   };
   const settings = car.readSettings({});
   const whole = { ...car.readStatus(join(scratch, "none")), ...status };
-  return car.view("/x", { kind: "whole", text: "", document }, whole, store, NOW, settings);
+  return car.view("/x", { kind: "whole", text: "", document }, whole, odd, NOW, settings);
 }
 
 Deno.test("a home is unhealthy for a dead login, an expired token, an unreadable file or a watchdog that is down", () => {
@@ -559,7 +564,7 @@ Deno.test("a home is unhealthy for a dead login, an expired token, an unreadable
   ];
   for (const [view, ...expected] of rows) assertEquals([view.state, view.reason, view.advice], expected, view.reason);
   const look = (read: car.Read) =>
-    car.view("/x", read, car.readStatus(join(scratch, "none")), "file", NOW, car.readSettings({}));
+    car.view("/x", read, car.readStatus(join(scratch, "none")), [], NOW, car.readSettings({}));
   assertEquals([look({ kind: "absent" }).state, look({ kind: "empty" }).reason], ["inert", "no login yet"]);
   const unreadable = { kind: "unreadable", torn: false } as const;
   assertEquals(look({ ...unreadable, error: "EACCES" }).advice, "make it readable for this user");
@@ -575,7 +580,7 @@ Deno.test("a view tells what the tokens say, and warns of a login that is not lo
   assertEquals([view.plan, view.account_id, view.last_refresh], ["pro", "acc-1", ago(5 * DAY)]);
   assertEquals([view.access_token_remaining_seconds, view.access_token_lifetime_seconds], [3 * DAY, 4 * DAY]);
   assertEquals([view.last_refresh_age_seconds, view.warnings, "email" in view], [5 * DAY, [], false]);
-  assertMatch(viewOf({}, {}, {}, "keyring").warnings.join(), /"keyring"/);
+  assertMatch(viewOf({}, {}, {}, ["an oddity"]).warnings.join(), /an oddity/);
   assertMatch(
     viewOf({}, {}, { auth_mode: "apikey" }).warnings.join(),
     /auth_mode=apikey, so the refresh token is not used/,
@@ -2239,6 +2244,17 @@ const MAIN: Scenario[] = [
     assert(/"watchdog_last_outcome": "fail:preflight"/.test(told.text) && !told.text.includes("auth.json"), told.text);
     run.kill("SIGTERM");
     assertEquals(await run.ended, 0, run.stderr);
+  }),
+  drive("a home that does not exist is a warning", {}, async (stage) => {
+    const absent = join(stage.dir, "absent");
+    const run = stage.start(absent);
+    await run.said(/^next check/);
+    assert(run.says(/absent: the folder does not exist$/m) && !fs.existsSync(absent), run.stderr);
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
+    const status = stage.start("--status", absent);
+    assertEquals(await status.ended, 0);
+    assertMatch(status.stdout, /warning: the folder does not exist/);
   }),
   drive("a port that is in use may be free at the next start", FRESH, async (stage) => {
     const taken = net.createServer();
