@@ -664,73 +664,72 @@ function describeFailure(error: unknown): { detail: string; sent: boolean } {
 }
 
 // ── apply ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-// The only part that writes auth.json. A lock keeps copies of this program apart; before a token is spent it is proven
-// that the answer can be stored; and from the answer on there is at every moment one whole document on the disk that
-// holds it, under auth.json's name or beside it.
+// The only part that writes auth.json. A lock keeps copies of this program apart. Before a token is spent a journal is
+// laid beside auth.json: a file with room for the answer, made in every step that storing takes. The answer goes into it
+// first of all, as the whole new document; from then on `settle` brings it into auth.json, however often it is
+// interrupted: it is what stores, what tries again and what rolls forward.
+//
+//   the journal holds   auth.json holds                       settle
+//   no whole document   anything                              removes the journal: no answer has come
+//   an answer           the token it was given for            carries the answer over, and keeps every other field
+//   an answer           nothing, or is cut off, for 5 s       stores the journal's document: the writer died
+//   an answer           the answer's token                    done before: makes sure that it is on the disk
+//   an answer           another token, or is gone             leaves it alone: somebody logged in, out or refreshed
 
 /** The Codex CLI's files are a few kilobytes; whatever is larger than this is no auth.json. */
 const MAX_FILE_BYTES = 16 << 20;
 
 /** Reads and classifies a file, once. */
 export function readAuth(path: string, flags = 0): Read {
-  let fd = -1;
+  let bytes: Uint8Array;
   try {
-    // O_NONBLOCK: a FIFO in this place must not hang us.
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | flags);
-    return readOpen(fd);
+    bytes = readBytes(path, flags);
   } catch (error) {
     const code = errorName(error);
     return ["ENOENT", "ENOTDIR"].includes(code) ? { kind: "absent" } : { kind: "unreadable", error: code, torn: false };
-  } finally {
-    closeQuietly(fd);
   }
-}
-
-function readOpen(fd: number): Read {
-  const bytes = readBytes(fd);
   if (bytes.length === 0) return { kind: "empty" };
   try {
     // The Codex CLI takes neither invalid UTF-8 nor a byte order mark.
     const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
     const document = parseExact(text);
-    if (isObject(document)) {
-      for (const value of Object.values(tokensOf(document))) new Secret(value); // known to the log from here on
-      return { kind: "whole", text, document };
-    }
-    return { kind: "unreadable", error: "TypeError", torn: true };
+    if (!isObject(document)) return { kind: "unreadable", error: "TypeError", torn: true };
+    for (const value of Object.values(tokensOf(document))) new Secret(value); // known to the log from here on
+    return { kind: "whole", text, document };
   } catch (error) {
     return { kind: "unreadable", error: errorName(error), torn: true };
   }
 }
 
-/** All of a regular file, from its start. Throws a {@link DiskError} for anything else. */
-function readBytes(fd: number): Uint8Array {
-  const stat = fs.fstatSync(fd);
-  if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
-  if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
-  // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
-  const bytes = new Uint8Array(stat.size + 1);
-  let length = 0;
-  for (let count = -1; count !== 0 && length < bytes.length; length += count) {
-    count = fs.readSync(fd, bytes, length, bytes.length - length, length);
+/** All of a regular file. Throws a {@link DiskError} for anything else. */
+function readBytes(path: string, flags = 0): Uint8Array {
+  // O_NONBLOCK: a FIFO in this place must not hang us.
+  const fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | flags);
+  try {
+    const stat = fs.fstatSync(fd);
+    if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
+    if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
+    // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
+    const bytes = new Uint8Array(stat.size + 1);
+    let length = 0;
+    for (let count = -1; count !== 0 && length < bytes.length; length += count) {
+      count = fs.readSync(fd, bytes, length, bytes.length - length, length);
+    }
+    return bytes.subarray(0, length);
+  } finally {
+    closeQuietly(fd);
   }
-  return bytes.subarray(0, length);
 }
 
 /**
- * Reads a file until it is whole, for half a second at most: the Codex CLI truncates auth.json and then writes it, and a
+ * Reads auth.json until it is whole, or the patience is at its end: older Codex CLIs truncate it and then write it, and a
  * look in between finds it empty or cut off.
  */
-async function readSettled(path: string): Promise<Read> {
-  return await settle(() => readAuth(path), 5);
-}
-
-/** Looks again, every tenth of a second, at what is empty or cut off. */
-async function settle(look: () => Read, times: number): Promise<Read> {
-  let read = look();
-  for (; times > 0 && isTorn(read); times--) {
+async function readSettled(path: string, patience = 0.5 * SECOND): Promise<Read> {
+  let read = readAuth(path);
+  for (let times = patience / 100; times > 0 && isTorn(read); times--) {
     await sleep(100);
-    read = look();
+    read = readAuth(path);
   }
   return read;
 }
@@ -745,7 +744,11 @@ function isSame(one: Read, other: Read): boolean {
 
 /** The fingerprint of the refresh token in a file, null where there is none. */
 function tokenIn(read: Read): string | null {
-  const { refresh_token } = read.kind === "whole" ? tokensOf(read.document) : {};
+  return read.kind === "whole" ? tokenOf(read.document) : null;
+}
+
+function tokenOf(document: JsonObject): string | null {
+  const { refresh_token } = tokensOf(document);
   return refresh_token === undefined ? null : new Secret(refresh_token).fingerprint();
 }
 
@@ -757,31 +760,8 @@ interface Target {
 
 function locate(home: Home): Target {
   const path = realPath(join(home.dir, "auth.json"));
-  if (process.getuid?.() !== 0) return { path, owner: null };
-  for (const each of [path, dirname(path)]) {
-    try {
-      const { uid, gid } = fs.statSync(each);
-      return { path, owner: { uid, gid } };
-    } catch {
-      // Not there yet: then whoever owns the folder.
-    }
-  }
-  return { path, owner: null };
-}
-
-/** Creates a file that nobody else can read, not for an instant. Fails where it exists. */
-function createPrivate(path: string, owner: Target["owner"]): number {
-  const { O_RDWR, O_CREAT, O_EXCL } = fs.constants;
-  const fd = fs.openSync(path, O_RDWR | O_CREAT | O_EXCL, 0o600);
-  try {
-    fs.fchmodSync(fd, 0o600); // whatever the umask has taken away
-    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
-    return fd;
-  } catch (error) {
-    closeQuietly(fd);
-    removeQuietly(path);
-    throw error;
-  }
+  const stat = process.getuid?.() === 0 ? statOf(path) ?? statOf(dirname(path)) : null;
+  return { path, owner: stat === null ? null : { uid: stat.uid, gid: stat.gid } };
 }
 
 // The lock: an exclusive SQLite transaction, never committed, on an empty file beside auth.json. The kernel holds it and
@@ -803,7 +783,7 @@ interface Lock {
 const LOCK_WAIT_MS = 180 * SECOND;
 const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
-/** At most this many attempts hold a lock, a temporary file and a connection at a time. */
+/** At most this many attempts hold a lock, a journal and a connection at a time. */
 let places = 8;
 const queue: (() => void)[] = [];
 const enter = () => places > 0 ? Promise.resolve(void places--) : new Promise<void>((go) => queue.push(go));
@@ -875,64 +855,28 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]) {
   return null;
 }
 
-// The temporary file. Its name carries the fingerprint of the refresh token whose answer it holds; beside auth.json it is
-// the only place where tokens are.
+// Files that are there whole or not at all.
 
-/** `fd` is -1 once it is closed; `content` is what is known to be on the disk, null where nothing is. */
-interface Temporary {
-  readonly path: string;
-  fd: number;
-  content: string | null;
-}
-
-/**
- * The temporary files of ours beside an auth.json, the latest first. `back` is another login that {@link lookBack} was
- * about to put back. Throws what the disk throws.
- */
-export function findTemporaries(path: string): { path: string; fingerprint: string; back: boolean }[] {
-  const start = `.${basename(path)}.`;
-  const names = fs.existsSync(dirname(path)) ? fs.readdirSync(dirname(path)) : [];
-  return names.filter((name) => name.startsWith(start)).sort().reverse().flatMap((name) => {
-    const [, fingerprint, number] = /^([0-9a-f]{16})\.(\d|back)\.tmp$/.exec(name.slice(start.length)) ?? [];
-    return fingerprint ? [{ path: join(dirname(path), name), fingerprint, back: number === "back" }] : [];
-  });
-}
-
-function createTemporary({ path, owner }: Target, fingerprint: string, back = false): Temporary {
-  for (let number = 0;; number++) {
-    const candidate = join(dirname(path), `.${basename(path)}.${fingerprint}.${back ? "back" : number}.tmp`);
-    if (back) removeQuietly(candidate); // of an earlier try
-    try {
-      return { path: candidate, fd: createPrivate(candidate, owner), content: null };
-    } catch (error) {
-      if (errorName(error) !== "EEXIST" || back || number === 9) throw error;
-    }
-  }
-}
-
-/** Whether all of it is known to be on the disk, under its own name. */
-function isIntact({ path, fd, content }: Temporary): boolean {
-  return fd >= 0 && content !== null && isNamed(path, fd);
-}
-
-/** Whether a path names the file that is open. */
-function isNamed(path: string, fd: number): boolean {
+/** Creates a file that nobody else can read, not for an instant. Fails where it exists. */
+function createPrivate(path: string, owner: Target["owner"]): number {
+  const { O_RDWR, O_CREAT, O_EXCL } = fs.constants;
+  const fd = fs.openSync(path, O_RDWR | O_CREAT | O_EXCL, 0o600);
   try {
-    const [there, ours] = [fs.lstatSync(path), fs.fstatSync(fd)];
-    return there.ino === ours.ino && there.dev === ours.dev;
+    fs.fchmodSync(fd, 0o600); // whatever the umask has taken away
+    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
+    return fd;
   } catch (error) {
-    return errorName(error) !== "ENOENT"; // not to be seen is not the same as gone
+    closeQuietly(fd);
+    removeQuietly(path);
+    throw error;
   }
 }
 
-function discard(temporary: Temporary): void {
-  closeTemporary(temporary);
-  removeQuietly(temporary.path);
-}
-
-function closeTemporary(temporary: Temporary): void {
-  closeQuietly(temporary.fd);
-  temporary.fd = -1;
+/** Puts content into a file from its start, and onto the disk. */
+async function writeThrough(fd: number, content: string): Promise<void> {
+  const length = writeAll(fd, content);
+  fs.ftruncateSync(fd, length);
+  await fsync(fd);
 }
 
 /** writeSync may stop short without an error; this does not. */
@@ -947,21 +891,67 @@ function writeAll(fd: number, text: string): number {
 }
 
 async function syncDirectory(path: string): Promise<void> {
+  const fd = fs.openSync(dirname(path), fs.constants.O_RDONLY);
   try {
-    await syncPath(dirname(path));
+    await fsync(fd);
   } catch (error) {
     // Some network file systems cannot sync a directory, and say so.
     if (!["EINVAL", "ENOTSUP"].includes(errorName(error))) throw error;
-  }
-}
-
-async function syncPath(path: string): Promise<void> {
-  const fd = fs.openSync(path, fs.constants.O_RDONLY);
-  try {
-    await fsync(fd);
   } finally {
     closeQuietly(fd);
   }
+}
+
+// The journal. Its name carries the fingerprint of the refresh token whose answer it is for; beside auth.json it is the
+// only place where tokens are.
+
+interface Journal {
+  readonly target: Target;
+  readonly fingerprint: string;
+  readonly path: string;
+  /** What is about to replace it. */
+  readonly next: string;
+}
+
+function journalOf(target: Target, fingerprint: string): Journal {
+  const path = join(dirname(target.path), `.${basename(target.path)}.${fingerprint}.tmp`);
+  return { target, fingerprint, path, next: `${path}.new` };
+}
+
+/** The fingerprints of the journals beside an auth.json. Throws what the disk throws. */
+export function findJournals(path: string): string[] {
+  const start = `.${basename(path)}.`;
+  const names = fs.existsSync(dirname(path)) ? fs.readdirSync(dirname(path)) : [];
+  const rests = names.filter((name) => name.startsWith(start)).map((name) => name.slice(start.length));
+  return [...new Set(rests.flatMap((rest) => /^([0-9a-f]{16})\.tmp(?:\.new)?$/.exec(rest)?.[1] ?? []))];
+}
+
+/**
+ * Gives a journal this content: it is on the disk when this returns, and no file is open while it is renamed. Always a
+ * fresh file: what an earlier fsync could not do, a further one may only claim.
+ */
+async function replaceFile({ path, next, target }: Journal, content: string): Promise<void> {
+  // Of what an earlier try has left, an answer stays: this try may be killed too.
+  if (tokenIn(readJournal(path)) === null) {
+    if (tokenIn(readJournal(next)) === null) removeQuietly(path);
+    else fs.renameSync(next, path);
+  }
+  removeQuietly(next);
+  const fd = createPrivate(next, target.owner);
+  try {
+    await writeThrough(fd, content);
+  } finally {
+    closeQuietly(fd);
+  }
+  fs.renameSync(next, path);
+  await syncDirectory(path);
+}
+
+const readJournal = (path: string) => readAuth(path, fs.constants.O_NOFOLLOW);
+
+function removeJournal({ path, next }: Journal): void {
+  removeQuietly(next);
+  removeQuietly(path);
 }
 
 // The proof, before the token is spent.
@@ -973,52 +963,45 @@ class CannotStart extends Error {}
 const ROOM_BYTES = 128 << 10;
 
 /**
- * Proves that an answer can be stored, and keeps the room for it: a temporary file with its blocks written and fsynced.
- * They hold newlines, since JSON followed by them still parses. Throws a {@link CannotStart} that names the cause.
+ * Proves that an answer can be stored, by laying the journal, open for writing: newlines enough to hold it, since JSON
+ * followed by them still parses. Throws a {@link CannotStart} that names the cause.
  */
-async function prove(target: Target, fingerprint: string, size: number, inPlace: boolean): Promise<Temporary> {
-  const { path } = target;
+async function prove(journal: Journal, size: number, inPlace: boolean): Promise<number> {
+  const { path } = journal.target;
   const refuse = (why: string): never => {
     throw new CannotStart(`${path} ${why}`);
   };
-  let temporary: Temporary | null = null;
+  const [instead, anyway] = ["Mount the directory instead of the file", "set CODEX_AUTH_IN_PLACE=1"];
   try {
     const [{ uid }, user] = [fs.statSync(path), process.getuid?.() ?? 0];
-    if (user !== 0 && uid !== user) {
-      refuse(`belongs to user ${uid}, and what user ${user} writes the Codex CLI could not read. Run as its owner`);
+    if (![0, uid].includes(user) && !inPlace) {
+      const why = `what user ${user} writes the Codex CLI could not read`;
+      refuse(`belongs to user ${uid}, and ${why}. Run as its owner, or, where you may write to it, ${anyway}`);
     }
     // Opening for writing, without truncating, shows what is read-only or immutable, and brings a file of an image's lower
     // layer up, so that its device is its directory's.
     fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
-    const { nlink, dev } = fs.statSync(path);
-    const [instead, anyway] = ["Mount the directory instead of the file", "set CODEX_AUTH_IN_PLACE=1"];
+    const { nlink } = fs.statSync(path);
     if (nlink === 0) refuse(`was replaced outside of this mount and has lost its name. ${instead}`);
     if (nlink > 1 && !inPlace) {
       refuse(`has a second hard link, which a rename would cut off. Remove that, or ${anyway}`);
     }
-    if (!inPlace && !isReplaceable(path, { nlink, dev })) {
+    if (!inPlace && !isReplaceable(path)) {
       refuse(`is a mount point of its own and cannot be renamed over. ${instead}, or ${anyway}`);
     }
     if (size > MAX_FILE_BYTES) refuse(`is too large: with the answer it would have ${size} bytes`);
-    // In an append-only directory files can be made, but neither removed nor renamed. One is enough to tell.
-    if (findTemporaries(path).some((left) => left.fingerprint === fingerprint)) throw new DiskError("EPERM");
-    const probe = createTemporary(target, fingerprint);
-    closeTemporary(probe);
-    fs.unlinkSync(probe.path);
-    temporary = createTemporary(target, fingerprint);
-    writeAll(temporary.fd, "\n".repeat(size));
-    await fsync(temporary.fd);
-    await syncDirectory(path);
-    return temporary;
+    await replaceFile(journal, "\n".repeat(size));
+    return fs.openSync(journal.path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW);
   } catch (error) {
-    if (temporary !== null) discard(temporary);
+    removeJournal(journal);
     throw error instanceof CannotStart ? error : new CannotStart(`${path}: ${describeDisk(error)}`);
   }
 }
 
-/** Whether a rename may take the file's place: not for a mount point, nor for one of several hard links. */
-function isReplaceable(path: string, { nlink, dev }: { nlink: number; dev: number }): boolean {
-  return nlink === 1 && dev === fs.statSync(dirname(path)).dev;
+/** Whether a rename may take the file's place: not for a mount point, one of several hard links, or another user's. */
+function isReplaceable(path: string): boolean {
+  const { uid, nlink, dev } = fs.statSync(path);
+  return nlink === 1 && dev === fs.statSync(dirname(path)).dev && [0, uid].includes(process.getuid?.() ?? 0);
 }
 
 const DISK_ERRORS: Readonly<Record<string, string>> = {
@@ -1026,7 +1009,8 @@ const DISK_ERRORS: Readonly<Record<string, string>> = {
   ENOSPC: "the disk is full",
   EDQUOT: "the disk quota is used up",
   EACCES: "no permission to write",
-  EPERM: "not permitted, the file or its directory may be immutable",
+  EPERM: "not permitted, the file or its directory may be immutable or append-only",
+  EEXIST: "not permitted, its directory may be append-only",
   EIO: "the disk reports an I/O error",
   ESTALE: "it was replaced outside of its mount; mount the directory instead of the file",
 };
@@ -1038,304 +1022,185 @@ function describeDisk(error: unknown): string {
 
 // The store, after it.
 
-/** One answer on its way into auth.json, which is ours to write while it holds the token with this fingerprint. */
-interface Job {
-  readonly target: Target;
-  readonly fingerprint: string;
-  readonly grant: Grant;
+/** How long to try to store, and whom to tell of what stands in the way. */
+interface Perseverance {
   readonly inPlace: boolean;
-  /** The temporary file of an earlier run that is finished here: it stays until the end. */
-  readonly journal?: string;
   /** The moment to give up at, in milliseconds of uptime; asked anew after each failure. */
   readonly giveUpAt: () => number;
   /** Called when the storing fails, each time: a disk may be broken for long. */
   readonly onFailure: (error: unknown) => void;
 }
 
-type Stored =
-  | { readonly kind: "stored" }
-  | { readonly kind: "superseded" }
-  | { readonly kind: "failed"; readonly error: string; readonly keptIn: string | null };
+type Stored = "stored" | "superseded";
 
-const STORED: Stored = { kind: "stored" };
-const SUPERSEDED: Stored = { kind: "superseded" };
-
-/** auth.json as it was read, with the tokens and last_refresh of the grant. */
-function render(document: JsonObject, grant: Grant): string {
-  const tokens: JsonObject = isObject(document.tokens) ? { ...document.tokens } : {};
-  for (const [name, secret] of Object.entries(grant.tokens)) tokens[name] = secret.open();
-  return JSON.stringify({ ...document, tokens, last_refresh: grant.lastRefresh }, null, 2);
-}
+/** An answer that could not be stored in time: why, and where it lies, as a sentence for the operator. */
+class NotStored extends Error {}
 
 /**
- * Stores an answer, and does not give up before `giveUpAt`. `room` is the file that {@link prove} made. The first thing
- * that happens here is the write of the whole new document: until it is there a SIGKILL costs the login, so nothing may
- * come before it.
+ * Stores the answer that auth.json, as it was read, has been given. The first thing that happens here is its write into
+ * the journal: until it is there a SIGKILL costs the login, so nothing may come before it. Throws a {@link NotStored}.
  */
-async function store(job: Job, document: JsonObject, room: Temporary | null): Promise<Stored> {
-  let temporary = room;
-  for (let pause = 250;; pause = Math.min(2 * pause, 5 * SECOND)) {
+async function store(
+  journal: Journal,
+  room: number,
+  document: JsonObject,
+  { tokens, lastRefresh }: Grant,
+  how: Perseverance,
+): Promise<Stored> {
+  const opened = Object.entries(tokens).map(([name, secret]) => [name, secret.open()]);
+  const answer = granted(document, Object.fromEntries(opened), lastRefresh);
+  const content = render(answer);
+  let durable: string | null = content;
+  try {
+    await writeThrough(room, content);
+  } catch {
+    durable = null;
+  } finally {
+    closeQuietly(room);
+  }
+  return await persevere(journal, answer, durable, how);
+}
+
+/** Settles a journal until it works or the time is up. After a failure nothing is taken for durable. */
+async function persevere(
+  journal: Journal,
+  answer: JsonObject,
+  durable: string | null,
+  { inPlace, giveUpAt, onFailure }: Perseverance,
+): Promise<Stored> {
+  for (let [known, pause] = [durable, 250];; [known, pause] = [null, Math.min(2 * pause, 5 * SECOND)]) {
     try {
-      temporary = await stage(job, temporary, render(document, job.grant));
-      const stored = await publish(job, temporary);
-      closeTemporary(temporary);
-      removeTemporaries(job);
-      return stored;
+      return await settle(journal, answer, known, inPlace);
     } catch (error) {
-      if (temporary !== null && !isIntact(temporary)) {
-        closeTemporary(temporary);
-        temporary = null;
-      }
-      job.onFailure(error);
-      if (uptime() >= job.giveUpAt()) {
-        if (temporary !== null) closeTemporary(temporary);
-        return { kind: "failed", error: describeDisk(error), keptIn: whereKept(job) };
-      }
+      onFailure(error);
+      if (uptime() >= giveUpAt()) throw new NotStored(`${describeDisk(error)}. ${whereKept(journal, answer)}`);
       await sleep(pause);
     }
   }
 }
 
-/** The file that holds the answer of a job that failed: auth.json itself, or a temporary file. */
-function whereKept({ target, grant, fingerprint }: Job): string | null {
-  const granted = grant.tokens.refresh_token?.fingerprint() ?? fingerprint;
-  try {
-    const paths = [target.path, ...findTemporaries(target.path).map(({ path }) => path)];
-    return paths.find((path) => tokenIn(readAuth(path)) === granted) ?? null;
-  } catch {
-    return null;
-  }
+function whereKept({ target, path, next }: Journal, answer: JsonObject): string {
+  const tokens = (document: JsonObject) => JSON.stringify(tokensOf(document));
+  const kept = [target.path, path, next].find((each) => {
+    const read = readJournal(each);
+    return read.kind === "whole" && tokens(read.document) === tokens(answer);
+  });
+  if (kept === target.path) return "The new tokens are in auth.json, but the disk has not confirmed them";
+  if (kept !== undefined) return `The new tokens are in ${kept}: do not delete it, the next attempt stores them`;
+  return "No file is known to hold the new tokens: if the next attempt fails too, log in again";
 }
+
+/** Settles the journals that earlier runs left. Whether there was an answer among them that auth.json has got now. */
+async function rollForward(target: Target, how: Perseverance): Promise<boolean> {
+  let stored = false;
+  for (const fingerprint of findJournals(target.path)) {
+    const journal = journalOf(target, fingerprint);
+    const reads = [journal.path, journal.next].map((path) => readOwn(path, target));
+    const answer = reads.find((read) => tokenIn(read) !== null);
+    if (answer?.kind !== "whole") removeJournal(journal);
+    else if (await persevere(journal, answer.document, null, how) === "stored") stored = true;
+  }
+  return stored;
+}
+
+/** Reads a file in a journal's place. What somebody else may have put there must not get into auth.json. */
+function readOwn(path: string, { owner }: Target): Read {
+  const stat = fs.lstatSync(path, { throwIfNoEntry: false });
+  if (stat === undefined) return { kind: "absent" };
+  if (!stat.isFile() || ![process.getuid?.() ?? stat.uid, owner?.uid].includes(stat.uid)) {
+    throw new CannotStart(`${path} has the name of a journal of this program, but is somebody else's: remove it`);
+  }
+  const read = readJournal(path);
+  if (read.kind === "unreadable" && !read.torn) throw new CannotStart(`${path} cannot be read (${read.error})`);
+  return read;
+}
+
+/** How long auth.json is given to become whole, once an answer waits for it: a slow writer is not taken for a dead one. */
+const WRITER_PATIENCE_MS = 5 * SECOND;
 
 /**
- * Puts content into a temporary file, and onto the disk. What was written without an error but could not be fsynced is
- * left there until a later one is safe, and never fsynced again: a second fsync may claim what the first could not do.
- * `beside` is a file that stays in any case.
+ * Brings an answer, as a whole document, into auth.json, from wherever an earlier try was interrupted; see the table
+ * above. `durable` is what the journal is known to hold, on the disk. Throws what the disk throws.
  */
-async function stage(job: Job, given: Temporary | null, content: string, beside?: string): Promise<Temporary> {
-  if (given !== null && given.content !== null) return given;
-  const temporary = given ?? createTemporary(job.target, job.fingerprint);
-  let written = false;
-  try {
-    const length = writeAll(temporary.fd, content);
-    written = true;
-    fs.ftruncateSync(temporary.fd, length);
-    await fsync(temporary.fd);
-    if (given === null) await syncDirectory(temporary.path);
-    temporary.content = content;
-    return temporary;
-  } catch (error) {
-    closeTemporary(temporary);
-    if (written) removeTemporaries(job, temporary.path, beside ?? job.journal);
-    else removeQuietly(temporary.path);
-    throw error;
-  }
-}
-
-function removeTemporaries({ target, fingerprint }: Job, ...but: (string | undefined)[]): void {
-  try {
-    for (const left of findTemporaries(target.path)) {
-      if (left.fingerprint === fingerprint && !but.includes(left.path)) removeQuietly(left.path);
-    }
-  } catch {
-    // For the next attempt to find.
-  }
-}
-
-/**
- * Gives the temporary file auth.json's name, if auth.json is still what the answer grew from. Looks once more afterwards
- * for a writer that had the old file open. Throws whatever the disk throws.
- */
-async function publish(job: Job, temporary: Temporary): Promise<Stored> {
-  const { target: { path }, fingerprint, grant } = job;
-  let busy = false;
-  let [patience, moves] = [9, 9];
+async function settle(
+  journal: Journal,
+  answer: JsonObject,
+  durable: string | null,
+  inPlace: boolean,
+): Promise<Stored> {
+  const { path } = journal.target;
   for (;;) {
-    const seen = await readSettled(path);
+    const seen = await readSettled(path, WRITER_PATIENCE_MS);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
-    if (seen.kind === "absent" || seen.kind === "whole" && tokenIn(seen) !== fingerprint) {
-      // Somebody logged in, out or refreshed; or an earlier round got as far as the rename, or as a rewrite in place that
-      // could not be fsynced: that is written again.
-      const ours = tokenIn(seen) !== null && tokenIn(seen) === grant.tokens.refresh_token?.fingerprint();
-      if (!ours) return SUPERSEDED;
-      if (!isIntact(temporary)) {
-        await syncPath(path);
-        await syncDirectory(path);
-        return STORED;
-      }
+    const wanted = merge(seen, answer, journal.fingerprint, Date.now());
+    if (wanted === null) {
+      removeJournal(journal);
+      return "superseded";
     }
-    if (seen.kind === "whole" && render(seen.document, grant) !== temporary.content) {
-      // Other fields changed. A second file renamed over the first: one whole document is there at every moment.
-      const second = await stage(job, null, render(seen.document, grant), temporary.path);
-      try {
-        fs.renameSync(second.path, temporary.path);
-      } catch (error) {
-        discard(second);
-        throw error;
-      }
-      closeTemporary(temporary);
-      [temporary.fd, temporary.content] = [second.fd, second.content];
-      continue;
+    if (wanted !== durable || !holds(journal.path, wanted)) {
+      await replaceFile(journal, wanted);
+      durable = wanted;
     }
-    const old = fs.openSync(path, fs.constants.O_RDONLY);
-    try {
-      // From this look to the rename nothing waits.
-      if (!isSame(readOpen(old), seen)) continue;
-      if (!isIntact(temporary)) throw new DiskError("ENOENT");
-      if (!isNamed(path, old) && moves-- > 0) continue;
-      const stat = fs.fstatSync(old);
-      if (stat.nlink === 0) throw new DiskError("ESTALE");
-      if (busy || job.inPlace && !isReplaceable(path, stat)) {
-        // A writer that is only slow would write into the middle of ours: it gets half a second each time.
-        if (isTorn(seen) && patience-- > 0) continue;
-        await rewriteInPlace(path, temporary.content ?? "");
-        const now = await readSettled(path);
-        if (now.kind === "whole" && now.text === temporary.content) return STORED;
-        continue;
-      }
-      try {
-        fs.renameSync(temporary.path, path);
-      } catch (error) {
-        // A mount point that st_dev did not show. The answer is in hand: better in place than lost.
-        busy = errorName(error) === "EBUSY";
-        if (busy) continue;
-        throw error;
-      }
-      await insist(job, () => syncDirectory(path));
-      return await lookBack(job, old, seen, temporary.content ?? "");
-    } finally {
-      closeQuietly(old);
-    }
+    // From this look to the rename nothing waits.
+    if (!isSame(readAuth(path), seen)) continue;
+    await publish(journal, wanted, inPlace);
+    if (!holds(path, wanted)) continue; // somebody wrote at the same time
+    removeJournal(journal);
+    return "stored";
   }
 }
 
 /**
- * The last step for a file that cannot be renamed over. Truncated first, so that a rewrite that is cut off never parses:
- * the temporary file beside it is the journal from which the next start finishes it.
+ * What auth.json should hold, given what it holds and the answer to the token with this fingerprint; null where it is to
+ * be left alone. The table above, but for its first row. Where the endpoint has not given a new refresh token, auth.json
+ * may have been refreshed since, as its last_refresh tells.
  */
-async function rewriteInPlace(path: string, content: string): Promise<void> {
+export function merge(seen: Read, answer: JsonObject, fingerprint: string, nowMs: number): string | null {
+  if (isTorn(seen)) return render(answer);
+  if (seen.kind !== "whole") return null;
+  const [current, given] = [tokenIn(seen), tokenOf(answer)];
+  if (current === fingerprint) {
+    const refreshed = (document: JsonObject) => credentialOf(document, nowMs).lastRefreshMs ?? 0;
+    if (given === fingerprint && refreshed(seen.document) > refreshed(answer)) return null;
+    return render(granted(seen.document, tokensOf(answer), answer.last_refresh));
+  }
+  return current !== null && current === given ? seen.text : null;
+}
+
+/** auth.json with new tokens, every other field as it was. */
+function granted(document: JsonObject, tokens: Partial<Record<TokenName, string>>, last_refresh: unknown): JsonObject {
+  return { ...document, tokens: { ...(isObject(document.tokens) ? document.tokens : {}), ...tokens }, last_refresh };
+}
+
+function render(document: JsonObject): string {
+  return JSON.stringify(document, null, 2);
+}
+
+/** Whether a file holds this text, to the letter. */
+function holds(path: string, text: string): boolean {
+  const read = readJournal(path);
+  return read.kind === "whole" && read.text === text;
+}
+
+/** Gives the journal auth.json's name, or copies it where it cannot have that. Begins without waiting. */
+async function publish(journal: Journal, content: string, inPlace: boolean): Promise<void> {
+  const { path } = journal.target;
+  if (fs.statSync(path).nlink === 0) throw new DiskError("ESTALE");
+  if (!inPlace || isReplaceable(path)) {
+    try {
+      fs.renameSync(journal.path, path);
+      return await syncDirectory(path);
+    } catch (error) {
+      // A mount point that st_dev did not show. The answer is in hand: better in place than lost.
+      if (errorName(error) !== "EBUSY") throw error;
+    }
+  }
   const fd = fs.openSync(path, fs.constants.O_WRONLY | fs.constants.O_NOFOLLOW);
   try {
-    fs.ftruncateSync(fd, 0);
-    writeAll(fd, content);
-    await fsync(fd);
+    fs.ftruncateSync(fd, 0); // first, so that a copy that is cut off never parses: the journal is what finishes it
+    await writeThrough(fd, content);
   } finally {
     closeQuietly(fd);
-  }
-}
-
-/**
- * A writer that had auth.json open while we renamed has written into a file that lost its name. What it wrote is found
- * through `old`: another login is put back, byte for byte; changes beside the spent token are carried over.
- */
-async function lookBack(job: Job, old: number, seen: Read, ours: string): Promise<Stored> {
-  if (seen.kind === "whole" && isSame(readOpen(old), seen)) return STORED;
-  const late = await settle(() => readOpen(old), 50);
-  if (late.kind !== "whole") return STORED;
-  const other = tokenIn(late) !== job.fingerprint;
-  const wanted = other ? late.text : render(late.document, job.grant);
-  const { path } = job.target;
-  // Named after what auth.json holds now, so that the next start finishes this too.
-  const now = job.grant.tokens.refresh_token?.fingerprint() ?? job.fingerprint;
-  await insist(job, async () => {
-    const temporary = await stage(job, createTemporary(job.target, now, true), wanted);
-    try {
-      await syncDirectory(path);
-      const there = readAuth(path);
-      if (there.kind === "whole" && there.text === ours) fs.renameSync(temporary.path, path);
-    } finally {
-      discard(temporary);
-    }
-    await syncDirectory(path);
-  });
-  return other ? SUPERSEDED : STORED;
-}
-
-/** Repeats a step of the storing, whatever the disk throws, until it works or the time is up. */
-async function insist(job: Job, step: () => Promise<void>): Promise<void> {
-  for (;;) {
-    try {
-      return await step();
-    } catch (error) {
-      job.onFailure(error);
-      if (uptime() >= job.giveUpAt()) throw error;
-      await sleep(1 * SECOND);
-    }
-  }
-}
-
-/** What a temporary file holds; null where it is not ours, and somebody else may want it copied into auth.json. */
-function readJournal(path: string, { owner }: Target): Read | null {
-  const stat = fs.lstatSync(path);
-  if (!stat.isFile()) return { kind: "absent" };
-  const user = process.getuid?.() ?? stat.uid;
-  return [user, owner?.uid].includes(stat.uid) ? readAuth(path, fs.constants.O_NOFOLLOW) : null;
-}
-
-/**
- * Finishes what an earlier run was killed in. A temporary file that parses holds an answer: where auth.json still holds
- * the token that it grew from, or is empty or torn, the answer goes in; where auth.json has moved on, is gone, or the
- * file does not parse, the file is removed. null where there was nothing to finish.
- */
-async function rollForward(target: Target, rest: Pick<Job, "inPlace" | "giveUpAt" | "onFailure">) {
-  for (const { path, fingerprint, back } of findTemporaries(target.path)) {
-    const journal = readJournal(path, target);
-    if (journal?.kind === "unreadable" && !journal.torn) throw new DiskError(journal.error);
-    const seen = await readSettled(target.path);
-    if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
-    const wanted = isTorn(seen) || tokenIn(seen) === fingerprint;
-    if (journal === null && wanted) throw new CannotStart(`${path} may hold the newest login, but is somebody else's`);
-    if (journal?.kind === "whole" && wanted && (back || tokenIn(journal) !== null && !isOutdated(journal, seen))) {
-      const pairs = Object.entries(tokensOf(journal.document)).map(([name, value]) => [name, new Secret(value)]);
-      const grant = { tokens: Object.fromEntries(pairs), lastRefresh: String(journal.document.last_refresh ?? "") };
-      const job = { ...rest, target, fingerprint, grant, journal: path };
-      const temporary = await adopt(path, target, back ? journal.text : journal.text.trimEnd());
-      if (back) {
-        if (temporary === null) throw new DiskError("EIO");
-        closeTemporary(temporary);
-        if (!isSame(readAuth(target.path), seen)) continue; // for the next attempt
-        fs.renameSync(path, target.path);
-        await syncDirectory(target.path);
-        return tokenIn(journal) === fingerprint ? STORED : SUPERSEDED;
-      }
-      if (temporary !== null) removeTemporaries(job, path); // what was not finished beside it
-      return await store(job, seen.kind === "whole" ? seen.document : journal.document, temporary);
-    }
-    // A rewrite in place may have ended before its fsync: no journal goes before auth.json is on the disk.
-    if (journal !== null && seen.kind === "whole" && tokenIn(seen) !== null && tokenIn(journal) === tokenIn(seen)) {
-      const replaced = isReplaceable(target.path, fs.statSync(target.path));
-      await (replaced ? syncPath(target.path) : rewriteInPlace(target.path, seen.text));
-    }
-    removeQuietly(path);
-  }
-  return null;
-}
-
-/** Whether auth.json was refreshed later than its journal says, by an endpoint that leaves the refresh token as it is. */
-function isOutdated(journal: Read, seen: Read): boolean {
-  if (journal.kind !== "whole" || seen.kind !== "whole" || tokenIn(journal) !== tokenIn(seen)) return false;
-  const [one, other] = [journal, seen].map(({ document }) => parseTimestamp(String(document.last_refresh)) ?? 0);
-  return (one ?? 0) < (other ?? 0);
-}
-
-/**
- * Takes up a temporary file that an earlier run left: what is left of the room is cut off, the rest put onto the disk.
- * null where that fails, or where it has a second hard link; then it is written anew, beside it.
- */
-async function adopt(path: string, { owner }: Target, content: string): Promise<Temporary | null> {
-  let fd = -1;
-  try {
-    fd = fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW);
-    if (fs.fstatSync(fd).nlink > 1) throw new DiskError("EMLINK");
-    writeAll(fd, content); // what an earlier fsync could not do, a further one may only claim
-    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
-    fs.ftruncateSync(fd, Buffer.byteLength(content));
-    await fsync(fd);
-    await syncDirectory(path);
-    return { path, fd, content };
-  } catch {
-    closeQuietly(fd);
-    return null;
   }
 }
 
@@ -1346,14 +1211,10 @@ class DiskError extends Error {
 }
 
 function readText(path: string): string | null {
-  let fd = -1;
   try {
-    fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
-    return new TextDecoder().decode(readBytes(fd));
+    return new TextDecoder().decode(readBytes(path));
   } catch {
     return null;
-  } finally {
-    closeQuietly(fd);
   }
 }
 
@@ -1746,6 +1607,10 @@ export async function attempt(
   const { log } = context;
   const target = locate(home);
   const result = await attemptUnlocked(home, target, context).catch((error: unknown) => {
+    if (error instanceof NotStored) {
+      log("error", "store_failed", `refresh: redeemed, but not stored: ${error.message}`);
+      return resultOf(target, "fail:store", error.message);
+    }
     const detail = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
     log("error", "preflight_failed", `refresh: not started: ${detail}`);
     return resultOf(target, "fail:preflight", detail);
@@ -1787,7 +1652,7 @@ async function attemptUnlocked(home: Home, target: Target, context: Context): Pr
   const seen = await readSettled(target.path);
   const { verdict, credential } = decide(seen, Date.now(), settings, force);
   const blocked = seen.kind === "unreadable" && !seen.torn;
-  if (blocked || findTemporaries(target.path).length === 0) {
+  if (blocked || findJournals(target.path).length === 0) {
     if (verdict.kind === "skip") return skipped(verdict, credential, target, log);
     const dead = knownDead(home, target, context, verdict.token);
     if (dead !== null) return dead;
@@ -1828,10 +1693,12 @@ async function attemptLocked(
 ): Promise<Result | null> {
   const { settings, log, force, stop, patience } = context;
   const { inPlace } = settings;
-  const begun = uptime();
-  const onFailure = (since: number) => tellOfTrouble(home, lock, log, since);
-  const rolled = await rollForward(target, { inPlace, onFailure: onFailure(begun), giveUpAt: () => patience(begun) });
-  if (rolled !== null) return reportStored(rolled, "rolled_forward", "rolled forward", target, log);
+  const persevering = (since: number): Perseverance => (
+    { inPlace, giveUpAt: () => patience(since), onFailure: tellOfTrouble(home, lock, log, since) }
+  );
+  if (await rollForward(target, persevering(uptime()))) {
+    return reportStored("stored", "rolled_forward", "rolled forward", target, log);
+  }
 
   const seen = await readSettled(target.path);
   const { verdict, credential } = decide(seen, Date.now(), settings, force);
@@ -1844,36 +1711,37 @@ async function attemptLocked(
   if (dead !== null || stop.aborted) return dead;
 
   const roots = readRoots(settings);
-  const size = Buffer.byteLength(render(seen.document, { tokens: {}, lastRefresh: "" })) + ROOM_BYTES;
-  const room = await prove(target, fingerprint, size, inPlace);
-  // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-  const isOurs = (now: Read) => lock.holds() && tokenIn(now) === fingerprint;
-  const again = await readSettled(target.path);
-  if (stop.aborted || !isOurs(again)) {
-    discard(room);
+  const journal = journalOf(target, fingerprint);
+  const room = await prove(journal, Buffer.byteLength(render(seen.document)) + ROOM_BYTES, inPlace);
+  let answer: Answer | null = null;
+  try {
+    // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
+    const isOurs = (now: Read) => lock.holds() && tokenIn(now) === fingerprint;
+    const again = await readSettled(target.path);
     if (stop.aborted) return null;
-    if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
-    const { verdict, credential } = decide(again, Date.now(), settings, force);
-    const torn = isTorn(again) && verdict.kind === "skip";
-    return torn ? skipped(verdict, credential, target, log) : superseded(target, log);
+    if (!isOurs(again)) {
+      if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
+      const { verdict, credential } = decide(again, Date.now(), settings, force);
+      const torn = isTorn(again) && verdict.kind === "skip";
+      return torn ? skipped(verdict, credential, target, log) : superseded(target, log);
+    }
+    const endpoint = settings.url.origin + settings.url.pathname;
+    log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
+    const still = async () => isOurs(await readSettled(target.path));
+    answer = await post(verdict.token, settings, roots, stop, still, log);
+    if (answer.kind === "granted") {
+      const { grant, status, unusable } = answer;
+      const stored = await store(journal, room, seen.document, grant, persevering(uptime()));
+      const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
+      const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
+      return reportStored(stored, null, how, target, log);
+    }
+  } finally {
+    if (answer?.kind !== "granted") {
+      closeQuietly(room);
+      removeJournal(journal);
+    }
   }
-  const endpoint = settings.url.origin + settings.url.pathname;
-  log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
-  const still = async () => isOurs(await readSettled(target.path));
-  const answer = await post(verdict.token, settings, roots, stop, still, log).catch((error: unknown) => {
-    discard(room);
-    throw error;
-  });
-  if (answer.kind === "granted") {
-    const { grant, status, unusable } = answer;
-    const since = uptime();
-    const job = { target, fingerprint, grant, inPlace, onFailure: onFailure(since), giveUpAt: () => patience(since) };
-    const stored = await store(job, seen.document, room);
-    const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
-    const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
-    return reportStored(stored, null, how, target, log);
-  }
-  discard(room);
   lock.giveWay();
   return await reportRefused(home, answer, target, fingerprint, log);
 }
@@ -1917,19 +1785,9 @@ function superseded(target: Target, log: Log): Result {
 }
 
 function reportStored(stored: Stored, detail: string | null, how: string, target: Target, log: Log): Result {
-  if (stored.kind === "superseded") return superseded(target, log);
-  if (stored.kind === "stored") {
-    log("info", "refreshed", `refresh: ok (${how})`);
-    return resultOf(target, "refreshed", detail);
-  }
-  const kept = stored.keptIn === target.path
-    ? "The new tokens are in auth.json, but the disk has not confirmed them"
-    : stored.keptIn !== null
-    ? `The new tokens are in ${stored.keptIn}: do not delete it, the next attempt stores them`
-    : "No file is known to hold the new tokens: if the next attempt fails too, log in again";
-  const text = `${stored.error}. ${kept}`;
-  log("error", "store_failed", `refresh: redeemed, but not stored: ${text}`);
-  return resultOf(target, "fail:store", text);
+  if (stored === "superseded") return superseded(target, log);
+  log("info", "refreshed", `refresh: ok (${how})`);
+  return resultOf(target, "refreshed", detail);
 }
 
 /** How long the Codex CLI may take to write what it was given for the token that we were refused. */
@@ -2106,7 +1964,7 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
   watch.identity = identify(watch.home);
   const { path } = locate(watch.home);
   const { verdict, credential } = decide(readAuth(path), shared.clock.now(), shared.settings);
-  const due = verdict.kind === "refresh" && !hasTemporaries(path);
+  const due = verdict.kind === "refresh" && !hasJournals(path);
   if (due && outcome === "changed" && watch.refused === verdict.token.fingerprint()) return;
   const at = plan(watch, { outcome, due, credential, retryAfterMs: null }, shared);
   if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
@@ -2195,9 +2053,9 @@ function setBack(watch: Watch, milliseconds: number, now: number): void {
   if (watch.at > now) writeStatus(watch.home, { next_run_iso: iso(watch.at) }, watch.log);
 }
 
-function hasTemporaries(path: string): boolean {
+function hasJournals(path: string): boolean {
   try {
-    return findTemporaries(path).length > 0;
+    return findJournals(path).length > 0;
   } catch {
     return true; // for an attempt to say
   }

@@ -464,20 +464,58 @@ Deno.test("a file is read as what it is, and what it holds of tokens is known to
   assertEquals(car.Secret.redact(`${tokens.id_token} ${tokens.access_token}`), "[redacted] [redacted]");
 });
 
-Deno.test("temporary files are told from other people's, and the latest comes first", () => {
-  const dir = join(scratch, "temporaries");
+Deno.test("journals are told from other people's files, half replaced ones included", () => {
+  const dir = join(scratch, "journals");
   fs.mkdirSync(dir);
-  const [one, two] = ["0123456789abcdef", "fedcba9876543210"];
-  const [back, ...numbered] = ["back", "1", "0"].map((each) => `.auth.json.${one}.${each}.tmp`);
-  const ours = [`.auth.json.${two}.0.tmp`, String(back), ...numbered];
-  const others = ["auth.json", `.auth.json.${one}.tmp`, `.auth.json.${one}0.0.tmp`, `.x.${one}.0.tmp`];
-  others.push(`.auth.json.${one}.backs.tmp`, `.auth.json.${one}.10.tmp`, `.auth.json.back.tmp`);
+  const [one, two, three] = ["0123456789abcdef", "fedcba9876543210", "00000000ffffffff"];
+  const ours = [`.auth.json.${one}.tmp`, `.auth.json.${one}.tmp.new`, `.auth.json.${two}.tmp`];
+  ours.push(`.auth.json.${three}.tmp.new`);
+  const others = ["auth.json", `.auth.json.${one}`, `.auth.json.${one}0.tmp`, `.x.${one}.tmp`, ".auth.json.tmp"];
+  others.push(`.auth.json.${one}.tmp.news`, `.auth.json.${one.toUpperCase()}.tmp`, `auth.json.${one}.tmp`);
   for (const name of [...ours, ...others]) fs.writeFileSync(join(dir, name), "");
-  const found = car.findTemporaries(join(dir, "auth.json"));
-  assertEquals(found.map(({ path }) => path), ours.map((name) => join(dir, name)));
-  assertEquals(found.map(({ fingerprint }) => fingerprint), [two, one, one, one]);
-  assertEquals(found.map(({ back }) => back), [false, true, false, false]);
-  assertEquals(car.findTemporaries(join(dir, "absent", "auth.json")), []);
+  assertEquals(car.findJournals(join(dir, "auth.json")).sort(), [three, one, two]);
+  assertEquals(car.findJournals(join(dir, "absent", "auth.json")), []);
+});
+
+Deno.test("an answer goes where the token lies that it was given for, or nothing whole, and nowhere else", () => {
+  const [sent, given, other] = ["rt_that-was-sent", "rt_that-was-given", "rt_of-somebody-else"];
+  const document = (refresh_token: string | null, last_refresh: string | null, more: Fields = {}): Fields => (
+    { ...more, tokens: { access_token: `access_${refresh_token}`, refresh_token }, last_refresh }
+  );
+  const whole = (of: Fields, text = JSON.stringify(of)): car.Read => (
+    { kind: "whole", text, document: car.parseExact(text) as Fields }
+  );
+  const [earlier, later] = ["2026-01-31T11:00:00Z", "2026-01-31T11:30:00Z"];
+  const shown = (of: Fields) => JSON.stringify(of, null, 2);
+  const rotated = document(given, later, { of: "the answer" });
+  const same = { ...document(sent, later), tokens: { access_token: "access_new", refresh_token: sent } };
+  const apiKey: car.Read = whole({ auth_mode: "apikey", OPENAI_API_KEY: "sk" });
+  const odd = '{ "n": 1.0e2, "tokens": {"refresh_token": "rt_that-was-given"} }\n';
+
+  const rows: [what: string, seen: car.Read, answer: Fields, wanted: string | null][] = [
+    ["the token that was sent", whole(document(sent, earlier)), rotated, shown(document(given, later))],
+    ["it, and other fields", whole(document(sent, null, { x: 1 })), rotated, shown(document(given, later, { x: 1 }))],
+    ["nothing", { kind: "empty" }, rotated, shown(rotated)],
+    ["half of something", { kind: "unreadable", error: "SyntaxError", torn: true }, rotated, shown(rotated)],
+    ["the answer's token", whole({}, odd), rotated, odd],
+    ["another token", whole(document(other, earlier)), rotated, null],
+    ["no token", whole(document(null, earlier)), rotated, null],
+    ["another kind of login", apiKey, rotated, null],
+    ["it is gone", { kind: "absent" }, rotated, null],
+    ["it cannot be read", { kind: "unreadable", error: "EIO", torn: false }, rotated, null],
+    // An endpoint that leaves the refresh token as it is.
+    ["the token, sent and given", whole(document(sent, earlier)), same, shown(same)],
+    ["done before", whole(same), same, shown(same)],
+    ["refreshed since", whole(document(sent, "2026-01-31T11:30:01Z")), same, null],
+    ["a moment to come, so none", whole(document(sent, "2026-01-31T12:06:00Z")), same, shown(same)],
+    ["no moment", whole(document(sent, null)), same, shown(same)],
+  ];
+  for (const [what, seen, answer, wanted] of rows) {
+    assertEquals(car.merge(seen, answer, fingerprint(sent), NOW), wanted, what);
+  }
+  const exact = whole({}, `{"n":1.0e2,"tokens":{"refresh_token":"${sent}","account_id":12345678901234567890}}`);
+  assertEquals(JSON.parse(car.merge(exact, rotated, fingerprint(sent), NOW) ?? "").tokens.refresh_token, given);
+  assertMatch(car.merge(exact, rotated, fingerprint(sent), NOW) ?? "", /"n": 1\.0e2,[^]*12345678901234567890/);
 });
 
 // ── status ───────────────────────────────────────────────────────────────────────────────────────
@@ -1030,10 +1068,10 @@ class Stage {
     fs.writeFileSync(auth, authJson(login, new Date(Date.now() - age * 1000)), { mode: 0o600 });
     return { home, auth, login };
   }
-  /** A temporary file, as a run leaves it that is killed between the answer and the end of its storing. */
-  leave(text: (tokens: Fields) => string, grownFrom = this.login.refresh_token, number = "0"): Fields {
+  /** A journal, as a run leaves it that is killed between the answer and the end of its storing. */
+  leave(text: (tokens: Fields) => string, sent = this.login.refresh_token, replaced = ""): Fields {
     const tokens = { ...this.mock.login() };
-    const path = join(this.home, `.auth.json.${fingerprint(grownFrom)}.${number}.tmp`);
+    const path = join(this.home, `.auth.json.${fingerprint(sent)}.tmp${replaced}`);
     fs.writeFileSync(path, text(tokens), { mode: 0o600 });
     return tokens;
   }
@@ -1047,7 +1085,7 @@ class Stage {
     return run;
   }
   temporaries(): string[] {
-    return fs.readdirSync(this.home).filter((name) => name.endsWith(".tmp"));
+    return fs.readdirSync(this.home).filter((name) => /\.(tmp|new)$/.test(name));
   }
 }
 type Mock = Awaited<ReturnType<typeof startMockServer>>;
@@ -1097,7 +1135,7 @@ async function runOnce(stage: Stage, scenario: Scenario): Promise<void> {
     if (exit === 0) assertEquals(status.last_refresh, (JSON.parse(stage.text() ?? "") as Fields).last_refresh);
     assertEquals(mode(join(stage.home, STATUS_NAME)), "600");
   }
-  assertEquals(stage.temporaries(), [], "a temporary file is left");
+  assertEquals(stage.temporaries(), [], "a journal is left");
   await scenario.after?.(stage, run);
 }
 
@@ -1109,7 +1147,7 @@ function assertNoLeak(stage: Stage): void {
   }
   const printed = stage.runs.flatMap(({ stdout, stderr }) => [stdout, stderr]);
   const files = fs.readdirSync(stage.dir, { recursive: true, encoding: "utf8" });
-  const others = files.filter((name) => !/(auth\.json|second|elsewhere\.json|\.tmp)$/.test(name));
+  const others = files.filter((name) => !/(auth\.json|second|elsewhere\.json|\.tmp|\.new)$/.test(name));
   assert(stage.runs.length > 0, "nothing was started");
   for (const text of [...printed, ...others.map((name) => stage.text(join(stage.dir, name)) ?? "")]) {
     for (let start = 0; start + 9 <= text.length; start++) {
@@ -1671,30 +1709,25 @@ const APPLY: Scenario[] = [
     await stage.once("1 skip");
     assertEquals([stage.text(), stage.temporaries()], [before, []]);
   }),
-  drive(
-    "another login that was about to be put back is, byte for byte, unless auth.json has moved on",
-    FRESH,
-    async (stage) => {
-      const before = stage.text();
-      stage.leave(whole, ANOTHER, "back");
-      await stage.once("1 skip");
-      assertEquals([stage.text(), stage.temporaries()], [before, []]);
-      const text = another(stage).replace('"tokens"', '"of its own":   1.0,\n "tokens"').trimEnd();
-      stage.leave(() => text, stage.login.refresh_token, "back");
-      await stage.once("1 superseded");
-      assertEquals([stage.text(), stage.temporaries(), stage.mock.requests.length], [text, [], 0]);
-    },
-  ),
-  drive("a symbolic link in a temporary file's place is not followed, and removed", FRESH, async (stage) => {
+  drive("an answer that a killed run left is stored from whichever file is whole", FRESH, async (stage) => {
+    stage.leave(() => "\n".repeat(4096));
+    const tokens = stage.leave(whole, undefined, ".new");
+    await stage.once("0 refreshed");
+    holds(stage, tokens);
+    assertEquals([stage.temporaries(), stage.mock.requests.length], [[], 0]);
+  }),
+  drive("a symbolic link in a journal's place is not followed, and named", FRESH, async (stage) => {
     const [before, real] = [stage.text(), join(stage.dir, "elsewhere.json")];
     stage.leave(whole);
     const planted = join(stage.home, stage.temporaries()[0] ?? "");
     fs.renameSync(planted, real);
     fs.symlinkSync(real, planted);
-    await stage.once("1 skip");
-    assertEquals([stage.text(), stage.temporaries(), fs.existsSync(real)], [before, [], true]);
+    const run = await stage.once("2 fail:preflight");
+    assert(run.stderr.includes(`${planted} has the name of a journal`), run.stderr);
+    assertEquals([stage.text(), fs.readlinkSync(planted), fs.existsSync(real)], [before, real, true]);
+    assertEquals(stage.mock.requests.length, 0);
   }),
-  ends("a temporary file that holds no answer is removed", "0 refreshed", {
+  ends("a journal that holds no answer is removed", "0 refreshed", {
     prepare: (stage) => void stage.leave(() => "\n".repeat(4096)),
   }, newest),
   drive("five that find one stale login send one request, though what comes of it is due as well", {
