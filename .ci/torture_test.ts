@@ -292,9 +292,9 @@ function pointsOf(calls: readonly Call[], paths: readonly string[]): { points: P
   return { points: [...found.values()], hidden: calls.filter((call) => !found.has(call)) };
 }
 
-/** The temporary file of an attempt, named after the token that it sends. */
-function temporaryOf({ dir, oldest }: Scene): string {
-  return `${dir}/.auth.json.${createHash("sha256").update(oldest).digest("hex").slice(0, 16)}.0.tmp`;
+/** The journal of an attempt, named after the token that it sends. What replaces it has `.new` behind that. */
+function journalOf({ dir, oldest }: Scene): string {
+  return `${dir}/.auth.json.${createHash("sha256").update(oldest).digest("hex").slice(0, 16)}.tmp`;
 }
 
 /**
@@ -313,8 +313,8 @@ async function study() {
 async function studyOnce() {
   await using scene = await staleLogin();
   const calls = await traceOnce(scene);
-  const temporary = temporaryOf(scene);
-  const isWrite = ({ name, text }: Call) => /^p?write/.test(name) && text.includes(`<${temporary}>`);
+  const journal = journalOf(scene);
+  const isWrite = ({ name, text }: Call) => /^p?write/.test(name) && text.includes(`<${journal}>`);
   const first = calls.findIndex((call, index) => index > 0 && call.text.includes(scene.dir));
   const sent = calls.findIndex(({ name, text }) => /^(send|write)/.test(name) && text.includes("POST /"));
   const stored = calls.findIndex((call, index) => index > sent && isWrite(call));
@@ -322,15 +322,15 @@ async function studyOnce() {
     index < stored && /^(recv|read)/.test(name) && /<(socket|TCP)/.test(text)
   );
   assert(first > 0 && sent > first && read > sent && stored > read, `${first} ${sent} ${read} ${stored}`);
-  const { points, hidden } = pointsOf(calls, [scene.dir, temporary]);
-  return { scene, calls, temporary, first, read, stored, points, hidden };
+  const { points, hidden } = pointsOf(calls, [scene.dir, journal, `${journal}.new`]);
+  return { scene, calls, journal, first, read, stored, points, hidden };
 }
 
 /** Runs an attempt in which one call fails, in a fresh scene. */
 async function fail(point: Point, error: string, studied: Awaited<ReturnType<typeof study>>) {
   await using scene = await staleLogin();
   const { call: { name, text }, nth } = point;
-  const path = point.path?.replace(studied.temporary, temporaryOf(scene)).replace(studied.scene.dir, scene.dir);
+  const path = point.path?.replace(studied.journal, journalOf(scene)).replace(studied.scene.dir, scene.dir);
   const filter = path === undefined ? [] : ["-P", path];
   const { code, said } = await run(
     scene,
@@ -341,7 +341,7 @@ async function fail(point: Point, error: string, studied: Awaited<ReturnType<typ
 }
 
 Deno.test("from the answer to its write no call of ours is in the way, and the disk has it before the rename", async (t) => {
-  const { scene, calls, temporary, read, stored } = await study();
+  const { scene, calls, journal, read, stored } = await study();
   const between = calls.slice(read + 1, stored);
   const ours = between.filter(({ file, text }) => file || /^\d+<pipe:/.test(text));
   assertEquals(ours.map(({ name, text }) => `${name}(${text}`), []);
@@ -350,9 +350,10 @@ Deno.test("from the answer to its write no call of ours is in the way, and the d
     assert(at > 0, `no ${name} of ${text}`);
     return at;
   };
-  const proven = find(/^f(data)?sync$/, `<${scene.dir}>`, find(/^f(data)?sync$/, `<${temporary}>`, 0));
+  const laid = find(/^rename/, `"${journal}"`, find(/^f(data)?sync$/, `<${journal}.new>`, 0));
+  const proven = find(/^f(data)?sync$/, `<${scene.dir}>`, laid);
   assert(proven < read, "the room for the answer is on the disk before the token is spent");
-  const synced = find(/^f(data)?sync$/, `<${temporary}>`, stored);
+  const synced = find(/^f(data)?sync$/, `<${journal}>`, stored);
   const renamed = find(/^rename/, `"${scene.auth}"`, 0);
   assert(synced < renamed, "the answer is on the disk before it gets its name");
   find(/^f(data)?sync$/, `<${scene.dir}>`, renamed);
@@ -368,7 +369,7 @@ Deno.test("from the answer to its write no call of ours is in the way, and the d
     await Deno.remove(log);
     const isAnswer = (line: string) => line.includes("HTTP/1.1 200");
     const after = lines.slice(lines.findIndex(isAnswer));
-    const write = after.find((line) => line.includes(`<${temporaryOf(scene)}>`)) ?? "";
+    const write = after.find((line) => line.includes(`<${journalOf(scene)}>`)) ?? "";
     const end = (line = "") => Number(line.split(/ +/)[1]) + Number(/<([\d.]+)>$/.exec(line)?.[1] ?? 0);
     windows.push((end(write) - end(after[0])) * 1000);
   }
@@ -675,80 +676,20 @@ for (const [what, write] of Object.entries({ "another login": otherLogin, "anoth
     scene.server.onRequest = () => Deno.writeTextFileSync(scene.auth, theirs);
     await assertMerged(scene, start(once(scene), scene.server), theirs);
   });
-
-  for (const milliseconds of [0, 300]) {
-    Deno.test(`${what} written ${milliseconds} ms after our rename, into the old file, stays`, async () => {
-      await using scene = await staleLogin();
-      const theirs = write(scene);
-      // Between our last look and the rename somebody opens auth.json, as Codex does: truncate, then write.
-      const hold = ["-e", "trace=/^rename", "-e", "inject=/^rename:delay_enter=700000:when=1"];
-      const process = start(["strace", "-f", "-qq", ...hold, ...once(scene)], scene.server);
-      await process.said(/rename.*\.tmp", .*auth\.json/);
-      assertEquals(Deno.readTextFileSync(scene.auth), scene.before, "held before the rename");
-      using old = await Deno.open(scene.auth, { write: true, truncate: true });
-      const { ino } = old.statSync();
-      await until(() => Deno.statSync(scene.auth).ino !== ino);
-      await pause(milliseconds);
-      const bytes = new TextEncoder().encode(theirs);
-      assertEquals(old.writeSync(bytes), bytes.length);
-      await assertMerged(scene, process, theirs);
-    });
-  }
 }
 
-/** An API key instead of a login. */
-const apiKey = () => JSON.stringify({ auth_mode: "apikey", OPENAI_API_KEY: "sk-none" });
-
-/**
- * An attempt whose disk is slow to sync, and somebody who has had auth.json open since before our rename, and writes
- * `theirs` into it right after: what comes next is the look back at the old file. `further` follows at once.
- */
-async function writtenBehind(scene: Scene, theirs: string, inject: string[] = [], further?: () => void) {
-  const { server, auth } = scene;
-  const { ino } = Deno.statSync(auth);
-  const opened = Promise.withResolvers<Deno.FsFile>();
-  server.onRequest = () => opened.resolve(Deno.openSync(auth, { write: true }));
-  const slow = ["-e", "trace=/^(rename|fsync|fdatasync)", "-e", "inject=fsync,fdatasync:delay_exit=300000"];
-  const process = start(["strace", "-f", "-qq", ...slow, ...inject, ...once(scene)], server);
-  using old = await opened.promise;
-  await until(() => Deno.statSync(auth).ino !== ino);
-  old.truncateSync();
-  const bytes = new TextEncoder().encode(theirs);
-  assertEquals(old.writeSync(bytes), bytes.length);
-  assertEquals(tokenIn(Deno.readTextFileSync(auth)), server.newest(scene.oldest), "too late: it was put back");
-  further?.();
-  return await process.ended;
-}
-
-for (const [what, write] of Object.entries({ "another login": otherLogin, "an API key": apiKey })) {
-  Deno.test(`killed while it puts ${what} back it does so at the next start`, async () => {
-    await using scene = await staleLogin();
-    const { server, auth, oldest } = scene;
-    const theirs = write(scene);
-    const { signal, said } = await writtenBehind(scene, theirs, ["-e", "inject=/^rename:signal=KILL:when=2"]);
-    assertEquals(signal, "SIGKILL", said);
-    assertEquals(tokenIn(Deno.readTextFileSync(auth)), server.newest(oldest), said);
-    const again = await run(scene);
-    assertEquals([again.code, server.requests.length], [1, 1], again.said);
-    assert(again.said.includes("superseded"), again.said);
-    assertEquals(Deno.readTextFileSync(auth), theirs, again.said);
-    assertEquals([...Deno.readDirSync(scene.dir)].filter(({ name }) => name.endsWith(".tmp")), [], again.said);
-  });
-}
-
-Deno.test("a third login that takes auth.json's place after our rename is not replaced by one from the old file", async () => {
+Deno.test("a login that takes auth.json's place right after our rename stays", async () => {
   await using scene = await staleLogin();
-  const { auth } = scene;
-  const third = otherLogin(scene);
-  const login = () => {
-    Deno.writeTextFileSync(`${auth}.new`, third, { mode: 0o600 });
-    Deno.renameSync(`${auth}.new`, auth);
-  };
-  const { code, said } = await writtenBehind(scene, otherLogin(scene), [], login);
-  assertEquals(code, 1, said);
-  assert(said.includes("superseded"), said);
-  assertEquals(Deno.readTextFileSync(auth), third, said);
-  assertEquals([...Deno.readDirSync(scene.dir)].filter(({ name }) => name.endsWith(".tmp")), [], said);
+  const { server, auth } = scene;
+  const theirs = otherLogin(scene);
+  const { ino } = Deno.statSync(auth);
+  const slow = ["-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_enter=300000"];
+  const process = start(["strace", "-f", "-qq", ...slow, ...once(scene)], server);
+  await until(() => Deno.statSync(auth).ino !== ino); // now the folder is synced
+  Deno.writeTextFileSync(`${auth}.theirs`, theirs, { mode: 0o600 });
+  Deno.renameSync(`${auth}.theirs`, auth);
+  await assertMerged(scene, process, theirs);
+  assertEquals([...Deno.readDirSync(scene.dir)].filter(({ name }) => /\.(tmp|new)$/.test(name)), []);
 });
 
 /** What is done while the proof waits for the disk, and what comes of it. */
@@ -776,24 +717,24 @@ for (const [what, { act, code, says }] of Object.entries(DURING_THE_PROOF)) {
   Deno.test(`${what} while it is proven that an answer could be stored stops the request`, async () => {
     await using scene = await staleLogin();
     const { server, auth, dir } = scene;
-    const temporary = temporaryOf(scene);
-    const slow = ["-e", "trace=fsync", "-e", "inject=fsync:delay_enter=800000:when=1", "-P", temporary];
+    const journal = journalOf(scene);
+    const slow = ["-e", "trace=fsync", "-e", "inject=fsync:delay_enter=800000:when=1", "-P", `${journal}.new`];
     const process = start(["strace", "-f", "-qq", ...slow, ...once(scene)], server);
-    const room = () => {
+    const room = (path: string) => {
       try {
-        return Deno.statSync(temporary).size;
+        return Deno.statSync(path).size;
       } catch {
         return 0; // not there, or not any more
       }
     };
-    await until(() => room() > 0); // written; now it is synced
+    await until(() => room(`${journal}.new`) > 0); // written; now it is synced
     const left = act(scene);
-    assert(room() > 0, "too late: the proof is over");
+    assert(room(`${journal}.new`) > 0, "too late: the proof is over");
     const ended = await process.ended;
     assertEquals([ended.code, server.requests.length], [code, 0], ended.said);
     assert(ended.said.includes(says), ended.said);
     assertEquals(Deno.readTextFileSync(auth), left, ended.said);
-    assertEquals(room(), 0, ended.said);
+    assertEquals(room(`${journal}.new`) + room(journal), 0, ended.said);
     const { watchdog_last_outcome } = JSON.parse(Deno.readTextFileSync(`${dir}/auth_refresh_status.json`));
     assertEquals(watchdog_last_outcome, code === 1 ? "superseded" : "fail:preflight", ended.said);
   });
