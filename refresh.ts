@@ -930,26 +930,38 @@ export function findJournals(path: string): string[] {
  * Gives a journal this content: it is on the disk when this returns, and no file is open while it is renamed. Always a
  * fresh file: what an earlier fsync could not do, a further one may only claim.
  */
-async function replaceFile({ path, next, target }: Journal, content: string): Promise<void> {
-  // Of what an earlier try has left, an answer stays: this try may be killed too.
-  if (tokenIn(readJournal(path)) === null) {
-    if (tokenIn(readJournal(next)) === null) removeQuietly(path);
-    else fs.renameSync(next, path);
-  }
-  removeQuietly(next);
-  const fd = createPrivate(next, target.owner);
+async function replaceFile(journal: Journal, content: string): Promise<void> {
+  const { path, next, target } = journal;
   try {
-    await writeThrough(fd, content);
-  } finally {
-    closeQuietly(fd);
+    const fd = createPrivate(next, target.owner);
+    try {
+      await writeThrough(fd, content);
+    } finally {
+      closeQuietly(fd);
+    }
+    fs.renameSync(next, path);
+    await syncDirectory(path);
+  } catch (error) {
+    try {
+      tidy(journal);
+    } catch {
+      // For the next try.
+    }
+    throw error;
   }
-  fs.renameSync(next, path);
-  await syncDirectory(path);
+}
+
+/** What is left where a journal could not be replaced: one file that holds an answer, if there is one, and its room. */
+function tidy({ path, next }: Journal): void {
+  const isAnswer = (each: string) => tokenIn(readJournal(each)) !== null;
+  if (isAnswer(path)) removeQuietly(next);
+  else if (isAnswer(next)) fs.renameSync(next, path);
+  else removeJournal({ path, next });
 }
 
 const readJournal = (path: string) => readAuth(path, fs.constants.O_NOFOLLOW);
 
-function removeJournal({ path, next }: Journal): void {
+function removeJournal({ path, next }: Pick<Journal, "path" | "next">): void {
   removeQuietly(next);
   removeQuietly(path);
 }
@@ -1095,24 +1107,23 @@ async function rollForward(target: Target, how: Perseverance): Promise<boolean> 
   let stored = false;
   for (const fingerprint of findJournals(target.path)) {
     const journal = journalOf(target, fingerprint);
-    const reads = [journal.path, journal.next].map((path) => readOwn(path, target));
-    const answer = reads.find((read) => tokenIn(read) !== null);
-    if (answer?.kind !== "whole") removeJournal(journal);
-    else if (await persevere(journal, answer.document, null, how) === "stored") stored = true;
+    for (const path of [journal.path, journal.next]) assertOurs(path, target);
+    tidy(journal);
+    const left = readJournal(journal.path);
+    if (left.kind === "whole" && await persevere(journal, left.document, null, how) === "stored") stored = true;
   }
   return stored;
 }
 
-/** Reads a file in a journal's place. What somebody else may have put there must not get into auth.json. */
-function readOwn(path: string, { owner }: Target): Read {
+/** What somebody else may have put in a journal's place must not get into auth.json. */
+function assertOurs(path: string, { owner }: Target): void {
   const stat = fs.lstatSync(path, { throwIfNoEntry: false });
-  if (stat === undefined) return { kind: "absent" };
+  if (stat === undefined) return;
   if (!stat.isFile() || ![process.getuid?.() ?? stat.uid, owner?.uid].includes(stat.uid)) {
     throw new CannotStart(`${path} has the name of a journal of this program, but is somebody else's: remove it`);
   }
   const read = readJournal(path);
   if (read.kind === "unreadable" && !read.torn) throw new CannotStart(`${path} cannot be read (${read.error})`);
-  return read;
 }
 
 /** How long auth.json is given to become whole, once an answer waits for it: a slow writer is not taken for a dead one. */
