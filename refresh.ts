@@ -38,6 +38,20 @@ const MINUTE = 60 * SECOND;
 /** Milliseconds for measuring how long something takes, whatever happens to the clock on the wall. */
 const uptime = () => performance.now();
 
+// What is tuned, and why it is what it is.
+const TRY_MS = 30 * SECOND; // a request, body included, as the reference had it
+const ALL_TRIES_MS = 60 * SECOND; // all requests of an attempt: a repeat works for a short while or not at all
+const MAX_ANSWER_BYTES = 1 << 20; // answers seen have six kilobytes
+const ROOM_BYTES = 128 << 10; // what the journal keeps free for one
+const MAX_FILE_BYTES = 16 << 20; // an auth.json has a few kilobytes; whatever is larger is none
+const LOCK_WAIT_MS = 180 * SECOND; // longer than an attempt with all its tries and a slow disk
+const PLACES = 8; // attempts at a time that hold a lock, a journal and a connection
+const TORN_MS = 0.5 * SECOND; // a Codex CLI that truncates and then writes is done by then
+const WRITER_MS = 5 * SECOND; // the same once an answer waits: a slow writer is not taken for a dead one
+const LOOK_AGAIN_MS = 3 * SECOND; // the Codex CLI may take that long to write what it got for the token that we were refused
+const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within a minute
+const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
+
 // ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
 // Everything comes from the environment and is checked before anything is touched. A variable that is set to the empty
 // string counts as unset; a bad value is one clear line and exit code 64.
@@ -148,9 +162,9 @@ export function bypassesProxy(hostname: string, env: Environment): boolean {
 }
 
 /** What there is at a path; null where nothing is, or nothing to be seen. */
-function statOf(path: string): fs.Stats | null {
+function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): fs.Stats | null {
   try {
-    return fs.statSync(path);
+    return look(path);
   } catch {
     return null;
   }
@@ -446,10 +460,6 @@ const DEAD_CODES = [
   ...["app_session_expired", "app_session_terminated", "invalid_refresh_token", "token_expired"],
 ];
 
-const TRY_MS = 30 * SECOND;
-const ALL_TRIES_MS = 60 * SECOND;
-const MAX_ANSWER_BYTES = 1 << 20;
-
 /**
  * Further root certificates, PEM, one each; around them the file may hold anything. Throws a {@link CannotStart} where they
  * cannot be read, since then no server could be trusted.
@@ -676,9 +686,6 @@ function describeFailure(error: unknown): { detail: string; sent: boolean } {
 //   an answer           the answer's token                    done before: makes sure that it is on the disk
 //   an answer           another token, or is gone             leaves it alone: somebody logged in, out or refreshed
 
-/** The Codex CLI's files are a few kilobytes; whatever is larger than this is no auth.json. */
-const MAX_FILE_BYTES = 16 << 20;
-
 /** Reads and classifies a file, once. */
 export function readAuth(path: string, flags = 0): Read {
   let bytes: Uint8Array;
@@ -725,7 +732,7 @@ function readBytes(path: string, flags = 0): Uint8Array {
  * Reads auth.json until it is whole, or the patience is at its end: older Codex CLIs truncate it and then write it, and a
  * look in between finds it empty or cut off.
  */
-async function readSettled(path: string, patience = 0.5 * SECOND): Promise<Read> {
+async function readSettled(path: string, patience = TORN_MS): Promise<Read> {
   let read = readAuth(path);
   for (let times = patience / 100; times > 0 && isTorn(read); times--) {
     await sleep(100);
@@ -780,11 +787,9 @@ interface Lock {
   release(): void;
 }
 
-const LOCK_WAIT_MS = 180 * SECOND;
 const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
-/** At most this many attempts hold a lock, a journal and a connection at a time. */
-let places = 8;
+let places = PLACES;
 const queue: (() => void)[] = [];
 const enter = () => places > 0 ? Promise.resolve(void places--) : new Promise<void>((go) => queue.push(go));
 const leave = () => queue.length > 0 ? queue.shift()?.() : void places++;
@@ -971,9 +976,6 @@ function removeJournal({ path, next }: Pick<Journal, "path" | "next">): void {
 /** Why no token is spent here, as a sentence for the operator. */
 class CannotStart extends Error {}
 
-/** Room for an answer: those seen take about six kilobytes. */
-const ROOM_BYTES = 128 << 10;
-
 /**
  * Proves that an answer can be stored, by laying the journal, open for writing: newlines enough to hold it, since JSON
  * followed by them still parses. Throws a {@link CannotStart} that names the cause.
@@ -1126,9 +1128,6 @@ function assertOurs(path: string, { owner }: Target): void {
   if (read.kind === "unreadable" && !read.torn) throw new CannotStart(`${path} cannot be read (${read.error})`);
 }
 
-/** How long auth.json is given to become whole, once an answer waits for it: a slow writer is not taken for a dead one. */
-const WRITER_PATIENCE_MS = 5 * SECOND;
-
 /**
  * Brings an answer, as a whole document, into auth.json, from wherever an earlier try was interrupted; see the table
  * above. `durable` is what the journal is known to hold, on the disk. Throws what the disk throws.
@@ -1141,7 +1140,7 @@ async function settle(
 ): Promise<Stored> {
   const { path } = journal.target;
   for (;;) {
-    const seen = await readSettled(path, WRITER_PATIENCE_MS);
+    const seen = await readSettled(path, WRITER_MS);
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
     const wanted = merge(seen, answer, journal.fingerprint, Date.now());
     if (wanted === null) {
@@ -1361,6 +1360,7 @@ export interface View extends Status {
   readonly home: string;
   /** inert: nothing here that could be refreshed, and nothing wrong with that. */
   readonly state: "unhealthy" | "healthy" | "inert";
+  /** In words, outcomes and codes behind them in brackets. */
   readonly reason: string;
   /** What to do about it; null where there is nothing to do. */
   readonly advice: string | null;
@@ -1388,14 +1388,11 @@ export function view(home: string, read: Read, status: Status, odd: string[], no
   const seconds = (from: number | null) =>
     expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND);
   const text = verdict.kind === "skip" ? verdict.text : "";
-  const warnings = [...odd];
-  if (text.startsWith("auth_mode=") && refreshToken !== null) {
-    warnings.push(`${text}, so the refresh token is not used`);
-  }
+  const unused = text.startsWith("auth_mode=") && refreshToken !== null;
   return {
     home,
-    ...diagnose(home, text || "due", status, credential, nowMs, settings),
-    warnings,
+    ...diagnose(home, text, status, credential, nowMs, settings),
+    warnings: [...odd, ...(unused ? [`${text}, so the refresh token is not used`] : [])],
     plan: tame(chatgpt_plan_type),
     account_id: tame(chatgpt_account_id, /^[0-9a-z-]{1,40}$/i),
     access_token_remaining_seconds: seconds(nowMs),
@@ -1405,12 +1402,30 @@ export function view(home: string, read: Read, status: Status, odd: string[], no
   };
 }
 
-/** What an operator types to log in again, fit for a shell. */
-function loginCommand(home: string): string {
-  return `CODEX_HOME=${/[^\w@%+=:,./-]/.test(home) ? `'${home.replaceAll("'", "'\\''")}'` : home} codex login`;
+/** What an operator does about a dead login, fit for a shell. */
+function loginAdvice(home: string): string {
+  const quoted = /[^\w@%+=:,./-]/.test(home) ? `'${home.replaceAll("'", "'\\''")}'` : home;
+  return `log in again: CODEX_HOME=${quoted} codex login (with --device-auth where there is no browser)`;
 }
 
-/** The state of a home, why, and what to do; `text` is that of the verdict. */
+/** What is wrong with an auth.json that cannot be read, in words, and what helps. */
+function describeUnreadable(home: string, error: string): { what: string; help: string } {
+  const [what, help] = OBSTACLES[error] ?? ["cannot be read", "look at the disk"];
+  return { what, help: help ?? loginAdvice(home) };
+}
+
+const OBSTACLES: Readonly<Record<string, readonly [what: string, help?: string]>> = {
+  EISDIR: ["is a directory, made of a missing mount source perhaps", "remove it, and mount the folder of auth.json"],
+  ELOOP: ["is a symbolic link that leads back to itself", "remove it, and log in"],
+  EACCES: ["may not be read by this user", "make it readable for this user, or run as its owner"],
+  EFTYPE: ["is no plain file", "remove it, and log in"],
+  EFBIG: ["is too large to be a login"],
+  SyntaxError: ["holds no JSON, or begins with a byte order mark"],
+  TypeError: ["holds no JSON object, or no UTF-8"],
+  RangeError: ["nests deeper than the Codex CLI reads"],
+};
+
+/** The state of a home, why, and what to do; `text` is that of the verdict, "" where a refresh is due. */
 function diagnose(
   home: string,
   text: string,
@@ -1420,35 +1435,40 @@ function diagnose(
   { intervalSeconds }: Settings,
 ): Pick<View, "state" | "reason" | "advice"> {
   const unhealthy = (reason: string, advice: string | null) => ({ state: "unhealthy", reason, advice }) as const;
+  const inert = (reason: string) => ({ state: "inert", reason, advice: null }) as const;
   const lastRun = parseTimestamp(status.watchdog_last_run_iso);
   const nextRun = parseTimestamp(status.next_run_iso ?? "");
   const ran = lastRun === null ? "has never run here" : `last ran ${humanize(nowMs - lastRun)} ago`;
   const planned = nextRun !== null && nextRun > nowMs;
   const down = !planned && (lastRun === null || nowMs - lastRun > 2 * intervalSeconds * SECOND);
   const start = down ? `start the watchdog, it ${ran}` : null;
-  const login = `log in again: ${loginCommand(home)}`;
 
-  if (text === "no_auth_json") return { state: "inert", reason: "no login yet", advice: null };
-  if (!/^(fresh|due|unreadable)/.test(text)) {
-    return { state: "inert", reason: `nothing to refresh (${text})`, advice: null };
-  }
+  if (text === "no_auth_json") return inert("no login yet");
+  if (text === "no_refresh_token") return inert("no refresh token, so nothing to keep alive");
+  if (text.startsWith("auth_mode=")) return inert(`no ChatGPT login, so nothing to keep alive (${text})`);
   if (nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun) {
     return unhealthy(`the watchdog ${ran} and is overdue`, "start the watchdog, it is down or stuck");
   }
-  if (text.startsWith("unreadable")) {
-    return unhealthy(`auth.json is ${text}`, text.endsWith("EACCES") ? "make it readable for this user" : login);
+  if (text.startsWith("unreadable:")) {
+    const { what, help } = describeUnreadable(home, text.slice("unreadable:".length));
+    return unhealthy(`auth.json ${what} (${text})`, help);
   }
   // A login that is newer than the failure has nothing to do with it.
   const dead = rejected !== null && rejected === refreshToken?.fingerprint();
   const newer = !dead && (rejected !== null || (lastRefreshMs ?? 0) > (lastRun ?? 0));
-  const permanent = outcome.startsWith("fail:permanent_") && !newer;
-  if (permanent) return unhealthy(`${outcome} (${detail ?? "no code"})`, login);
-  if (dead) return unhealthy("the endpoint has called the refresh token dead", login);
-  if (expiresMs !== null && expiresMs <= nowMs) {
-    return unhealthy(`the access token expired ${humanize(nowMs - expiresMs)} ago`, start ?? detail);
+  const failed = outcome.startsWith("fail:") && !newer;
+  const permanent = failed && outcome.startsWith("fail:permanent_");
+  if (dead || permanent) {
+    const code = permanent ? ` (${outcome}, ${detail ?? "no code"})` : "";
+    const what = dead ? "the login is dead, the endpoint refuses its refresh token" : "the endpoint refused the login";
+    return unhealthy(what + code, loginAdvice(home));
   }
-  const reason = outcome.startsWith("fail:") && !newer ? `${outcome}, the access token is still good` : null;
-  return { state: "healthy", reason: reason ?? text.replace(/ .*/, ""), advice: start ?? (reason && detail) };
+  const trouble = failed ? `, and the last run failed (${outcome})` : "";
+  if (expiresMs !== null && expiresMs <= nowMs) {
+    return unhealthy(`the access token expired ${humanize(nowMs - expiresMs)} ago${trouble}`, start);
+  }
+  const reason = failed ? `the last run failed (${outcome}), the access token is still good` : null;
+  return { state: "healthy", reason: reason ?? (text === "" ? "a refresh is due" : "fresh"), advice: start };
 }
 
 /** The views of all homes, the worst first. */
@@ -1472,8 +1492,65 @@ function storeOf(home: Home): string {
 /** What is odd about a home, whatever its auth.json holds. */
 function oddities(home: Home): string[] {
   if (statOf(home.dir) === null) return ["the folder does not exist"];
-  const store = storeOf(home);
-  return store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`];
+  const [auth, store] = [join(home.dir, "auth.json"), storeOf(home)];
+  const dangling = statOf(auth, fs.lstatSync)?.isSymbolicLink() === true && readAuth(auth).kind === "absent";
+  return [
+    ...(dangling ? ["auth.json is a symbolic link to a file that does not exist: bring that back, or remove it"] : []),
+    ...(store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`]),
+  ];
+}
+
+/** The fields of a view as people see them; null for a row that has nothing to say. */
+const ROWS: Readonly<Record<string, (view: View, nowMs: number) => string | null>> = {
+  "login": ({ plan, account_id, email }) =>
+    [plan && `plan ${plan}`, account_id && `account ${account_id}`, email].filter((part) => part).join(", ") || null,
+  "access token": (it) => timeLeft(it) && `[${bar(it)}] ${timeLeft(it)}`,
+  "last refresh": (it, nowMs) => when(it.last_refresh, nowMs),
+  "last run": (it, nowMs) => {
+    const moment = when(it.watchdog_last_run_iso, nowMs);
+    return moment && `${moment}, ${outcomeInWords(it)}`;
+  },
+  "failures": (it) => it.consecutive_failures === 0 ? null : `${it.consecutive_failures} in a row`,
+  "next run": (it, nowMs) => when(it.next_run_iso, nowMs),
+};
+
+/** The same as Prometheus has them; NaN for a sample that there is not. */
+const FAMILIES: readonly [name: string, help: string, value: (view: View) => number][] = [
+  ["healthy", "Whether the login is in order, or there is none.", (it) => Number(it.state !== "unhealthy")],
+  ["access_token_expiry_timestamp_seconds", "Access token's expiry.", (it) => seconds(it.access_token_expires_iso)],
+  ["last_refresh_timestamp_seconds", "auth.json's last_refresh.", (it) => seconds(it.last_refresh)],
+  ["last_run_timestamp_seconds", "The last attempt.", (it) => seconds(it.watchdog_last_run_iso)],
+  ["last_success_timestamp_seconds", "The last refresh of this program.", (it) => seconds(it.last_success_iso)],
+  ["next_run_timestamp_seconds", "The next planned attempt.", (it) => seconds(it.next_run_iso)],
+  ["last_outcome", "The last attempt's outcome.", (it) => it.watchdog_last_outcome === "" ? NaN : 1],
+  ["consecutive_failures", "Failed attempts in a row.", (it) => it.consecutive_failures],
+  ["runs_total", "Attempts.", (it) => it.runs_total],
+  ["refreshes_total", "Attempts that refreshed the login.", (it) => it.refreshes_total],
+  ["failures_total", "Attempts that failed.", (it) => it.failures_total],
+];
+
+function outcomeInWords({ watchdog_last_outcome: outcome, detail }: View): string {
+  if (outcome.startsWith("fail:")) return `failed (${outcome}): ${detail ?? "no code"}`;
+  return outcome.startsWith("skip") ? "nothing to do" : outcome === "superseded" ? "found another login" : outcome;
+}
+
+function seconds(iso: string | null): number {
+  return (parseTimestamp(iso ?? "") ?? NaN) / SECOND;
+}
+
+function when(iso: string | null, nowMs: number): string | null {
+  const ms = parseTimestamp(iso ?? "");
+  if (ms === null) return null;
+  return ms > nowMs ? `in ${humanize(ms - nowMs)}` : `${humanize(nowMs - ms)} ago`;
+}
+
+function timeLeft({ access_token_remaining_seconds: left }: View): string | null {
+  return left === null ? null : left > 0 ? `${humanize(left * SECOND)} left` : "expired";
+}
+
+function bar({ access_token_lifetime_seconds: life, access_token_remaining_seconds: left }: View): string {
+  const share = life === null || left === null || life <= 0 ? 0 : Math.min(1, Math.max(0, left / life));
+  return "#".repeat(Math.round(20 * share)).padEnd(20, "-");
 }
 
 /** One line for probes. */
@@ -1481,76 +1558,49 @@ function showHealth(views: readonly View[]): string {
   const sick = views.filter(({ state }) => state === "unhealthy");
   const [first] = sick.length > 0 ? sick : views;
   const count = views.length > 1 ? `${sick.length} of ${views.length} homes unhealthy; ` : "";
-  return `${sick.length > 0 ? "unhealthy" : "healthy"}: ${count}${first?.home}: ${first?.reason}\n`;
+  const why = [first?.reason, ...first?.warnings ?? []].join("; ");
+  return `${sick.length > 0 ? "unhealthy" : "healthy"}: ${count}${first?.home}: ${why}\n`;
 }
 
 /** For people, within 80 columns: one home in full, several as a table. */
-function showStatus(views: readonly View[], colour: boolean): string {
+function showStatus(views: readonly View[], colour: boolean, nowMs: number): string {
   const paint = ({ state }: View, text: string) =>
     colour ? `\x1b[${{ unhealthy: 31, healthy: 32, inert: 33 }[state]}m${text}\x1b[0m` : text;
-  const when = (iso: string | null, never = "never") => {
-    const ms = parseTimestamp(iso ?? "");
-    return ms === null
-      ? never
-      : ms > Date.now()
-      ? `in ${humanize(ms - Date.now())}`
-      : `${humanize(Date.now() - ms)} ago`;
-  };
-  const left = ({ access_token_remaining_seconds: seconds }: View) =>
-    seconds === null ? "unknown" : seconds > 0 ? `${humanize(seconds * SECOND)} left` : "expired";
   const wrap = (text: string) => text.replace(/(?=.{77})(.{1,76})\s/g, "$1\n    ");
-  const notes = ({ warnings, advice }: View) =>
-    [...warnings.map((each) => `warning: ${each}`), ...(advice === null ? [] : [`to do: ${advice}`])]
-      .map((note) => `  ${wrap(note)}\n`).join("");
+  const lines = (texts: string[]) => texts.map((text) => `  ${wrap(text)}\n`).join("");
+  const notes = ({ warnings, advice }: View) => [
+    ...warnings.map((each) => `warning: ${each}`),
+    ...(advice === null ? [] : [`to do: ${advice}`]),
+  ];
   const fit = (text: string, width: number) =>
     text.length < width ? text.padEnd(width) : `…${text.slice(text.length - width + 2)} `;
 
   if (views.length > 1) {
-    const row = (cells: string[]) => cells.map((cell, index) => fit(cell, [10, 22, 17, 18, 13][index] ?? 0)).join("");
+    const row = (cells: string[]) =>
+      cells.map((cell, index) => fit(cell, [10, 22, 17, 18, 13][index] ?? 0)).join("").trimEnd();
     const rows = views.map((each) => {
-      const { state, home, watchdog_last_run_iso: last, next_run_iso: next } = each;
-      return `${paint(each, row([state, home, left(each), when(last), when(next, "-")]).trimEnd())}\n${notes(each)}`;
+      const { state, home, reason, watchdog_last_run_iso: last, next_run_iso: next } = each;
+      const word = state === "inert" ? "no login" : state;
+      const cells = [word, home, timeLeft(each) ?? "-", when(last, nowMs) ?? "never", when(next, nowMs) ?? "-"];
+      return `${paint(each, row(cells))}\n${lines([...(state === "unhealthy" ? [reason] : []), ...notes(each)])}`;
     });
-    return `${row(["state", "home", "access token", "last run", "next run"]).trimEnd()}\n${rows.join("")}`;
+    return `${row(["state", "home", "access token", "last run", "next run"])}\n${rows.join("")}`;
   }
   return views.map((each) => {
-    const { access_token_lifetime_seconds: life, access_token_remaining_seconds: rest } = each;
-    const share = life === null || rest === null || life <= 0 ? 0 : Math.min(1, Math.max(0, rest / life));
-    const bar = "#".repeat(Math.round(20 * share)).padEnd(20, "-");
-    const who = [each.plan && `plan ${each.plan}`, each.account_id && `account ${each.account_id}`, each.email];
-    const age = each.last_refresh_age_seconds;
-    const lines = {
-      "login": who.filter((part) => part).join(", ") || "unknown",
-      "access token": `[${bar}] ${left(each)}`,
-      "refresh token": age < 0 ? "of unknown age" : `${humanize(age * SECOND)} old`,
-      "last run": `${when(each.watchdog_last_run_iso)} ${each.watchdog_last_outcome}`.trimEnd(),
-      "last refresh": when(each.last_success_iso),
-      "failures": `${each.consecutive_failures} in a row, ${each.failures_total} of ${each.runs_total} runs`,
-      "next run": when(each.next_run_iso, "not planned"),
-    };
-    const table = Object.entries(lines).map(([name, text]) => `  ${name.padEnd(15)}${text}\n`).join("");
-    return `${paint(each, wrap(`${each.home}: ${each.state}, ${each.reason}`))}\n\n${table}${notes(each)}`;
+    const headline = `${each.home}: ${each.state === "inert" ? "" : `${each.state}, `}${each.reason}`;
+    const rows = Object.entries(ROWS).flatMap(([label, text]) => {
+      const shown = text(each, nowMs);
+      return shown === null ? [] : [`${label.padEnd(14)}${shown}`];
+    });
+    const gap = rows.length > 0 ? "\n" : "";
+    return `${paint(each, wrap(headline))}\n${gap}${lines([...rows, ...notes(each)])}`;
   }).join("");
 }
 
 /** Prometheus text (exposition format 0.0.4): gauges from the files, counters from the status file. */
 export function showMetrics(views: readonly View[]): string {
-  const at = (iso: string | null) => (parseTimestamp(iso ?? "") ?? NaN) / SECOND;
-  const families: [string, string, (each: View) => number][] = [
-    ["healthy", "Whether the login is in order, or there is none.", (each) => Number(each.state !== "unhealthy")],
-    ["access_token_expiry_timestamp_seconds", "Access token's expiry.", (each) => at(each.access_token_expires_iso)],
-    ["last_refresh_timestamp_seconds", "auth.json's last_refresh.", (each) => at(each.last_refresh)],
-    ["last_run_timestamp_seconds", "The last attempt.", (each) => at(each.watchdog_last_run_iso)],
-    ["last_success_timestamp_seconds", "The last refresh of this program.", (each) => at(each.last_success_iso)],
-    ["next_run_timestamp_seconds", "The next planned attempt.", (each) => at(each.next_run_iso)],
-    ["last_outcome", "The last attempt's outcome.", (each) => each.watchdog_last_outcome === "" ? NaN : 1],
-    ["consecutive_failures", "Failed attempts in a row.", (each) => each.consecutive_failures],
-    ["runs_total", "Attempts.", (each) => each.runs_total],
-    ["refreshes_total", "Attempts that refreshed the login.", (each) => each.refreshes_total],
-    ["failures_total", "Attempts that failed.", (each) => each.failures_total],
-  ];
   const quote = (text: string) => `"${text.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n")}"`;
-  return families.map(([family, help, value]) => {
+  return FAMILIES.map(([family, help, value]) => {
     const name = `codex_auth_refresh_${family}`;
     const samples = views.filter((each) => !Number.isNaN(value(each))).map((each) => {
       const outcome = family === "last_outcome" ? `,outcome=${quote(each.watchdog_last_outcome)}` : "";
@@ -1592,6 +1642,8 @@ export interface Context {
   readonly patience: (since: number) => number;
   /** Fingerprint of a refresh token that is known to be dead, beside the one that the status file remembers. */
   readonly rejected: string | null;
+  /** Milliseconds since 1970. */
+  readonly now: () => number;
 }
 
 /** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
@@ -1615,27 +1667,127 @@ export async function attempt(
   context: Context,
   next?: (result: Result) => number,
 ): Promise<Result | null> {
-  const { log } = context;
+  const { settings, log, force, stop, now } = context;
   const target = locate(home);
-  const result = await attemptUnlocked(home, target, context).catch((error: unknown) => {
-    if (error instanceof NotStored) {
-      log("error", "store_failed", `refresh: redeemed, but not stored: ${error.message}`);
-      return resultOf(target, "fail:store", error.message);
+  const end = (ending: Ending | null): Result | null => {
+    if (ending === null) return null;
+    const result = conclude(ending, home, target.path, log, now());
+    record(home, result, log, now(), next);
+    return result;
+  };
+  let lock: Lock | null = null;
+  try {
+    const seen = await readSettled(target.path);
+    const { verdict, credential } = decide(seen, now(), settings, force);
+    const blocked = seen.kind === "unreadable" && !seen.torn;
+    if (blocked || findJournals(target.path).length === 0) {
+      if (verdict.kind === "skip") return end({ kind: "skipped", verdict, credential });
+      const dead = knownDead(home, context, verdict.token);
+      if (dead !== null) return end(dead);
     }
-    const detail = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
-    log("error", "preflight_failed", `refresh: not started: ${detail}`);
-    return resultOf(target, "fail:preflight", detail);
-  });
-  if (result === null) return null;
-  const { outcome, detail, tried, rejected } = result;
-  const now = Date.now();
+    lock = await takeLock(target, stop);
+    if (lock !== null) {
+      return end(await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null));
+    }
+    const holder = "another copy holds it, or the file system has no locks";
+    const why = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
+    return stop.aborted ? null : end({ kind: "locked", why });
+  } catch (error) {
+    if (error instanceof NotStored) return end({ kind: "not_stored", why: error.message });
+    const why = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
+    return end({ kind: "cannot_start", why });
+  } finally {
+    // Not before the status is written: whoever waits for the lock must not send a token that it calls dead.
+    lock?.release();
+  }
+}
+
+/** How an attempt may end. `sent` is the fingerprint of the refresh token that was refused. */
+type Ending =
+  | { readonly kind: "skipped"; readonly verdict: Verdict & { kind: "skip" }; readonly credential: Credential }
+  | { readonly kind: "superseded" }
+  | { readonly kind: "refreshed"; readonly how: string; readonly detail: string | null }
+  | { readonly kind: "locked" | "cannot_start" | "not_stored"; readonly why: string }
+  | { readonly kind: "dead"; readonly outcome: Outcome; readonly code: string; readonly sent: string }
+  | { readonly kind: "refused"; readonly answer: Exclude<Answer, { kind: "granted" }>; readonly sent: string };
+
+/** Tells the log of an ending, and what came of it. */
+function conclude(ending: Ending, home: Home, path: string, log: Log, nowMs: number): Result {
+  const result = (outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result => {
+    const read = ending.kind === "skipped" ? null : readAuth(path);
+    const document = read?.kind === "whole" ? read.document : {};
+    const credential = ending.kind === "skipped" ? ending.credential : credentialOf(document, nowMs);
+    return { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more };
+  };
+  const permanent = (status: string | number, code: string, why: string) => {
+    const remedy = `An operator must ${loginAdvice(home.dir)}`;
+    log("error", "permanent", `refresh: PERMANENT FAILURE (http=${status} code=${code}) — ${why}. ${remedy}`);
+  };
+  switch (ending.kind) {
+    case "skipped": {
+      const { outcome, text } = ending.verdict;
+      const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
+      if (outcome === "skip:no_auth_json") log("info", "no_auth_json", absent);
+      else log("info", "no_op", `no-op: ${text}`);
+      if (text.startsWith("unreadable:")) {
+        const { what, help } = describeUnreadable(home.dir, text.slice("unreadable:".length));
+        log("warning", "unreadable", `${path} ${what}: ${help}`);
+      }
+      if (text.startsWith("auth_mode=") && ending.credential.refreshToken !== null) {
+        log("warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use");
+      }
+      return result(outcome, text);
+    }
+    case "superseded": {
+      const detail = "auth.json holds another login by now";
+      log("info", "superseded", `refresh: superseded, ${detail}; left alone`);
+      return result("superseded", detail);
+    }
+    case "refreshed":
+      log("info", "refreshed", `refresh: ok (${ending.how})`);
+      return result("refreshed", ending.detail);
+    case "locked":
+      log("error", "locked", `refresh: not started: ${ending.why}`);
+      return result("fail:locked", ending.why);
+    case "cannot_start":
+      log("error", "preflight_failed", `refresh: not started: ${ending.why}`);
+      return result("fail:preflight", ending.why);
+    case "not_stored":
+      log("error", "store_failed", `refresh: redeemed, but not stored: ${ending.why}`);
+      return result("fail:store", ending.why);
+    case "dead": {
+      const { outcome, code, sent } = ending;
+      permanent(outcome.slice("fail:permanent_".length), code, "known to be dead, not sent again");
+      return result(outcome, code, { rejected: sent, tried: false });
+    }
+    case "refused": {
+      const { answer, sent } = ending;
+      const http = String(answer.status).padStart(3, "0");
+      if (answer.kind === "permanent") {
+        permanent(http, answer.code ?? "none, a proxy may have answered", "refresh_token rejected");
+        const dead = answer.code !== null && DEAD_CODES.includes(answer.code);
+        return result(`fail:permanent_${answer.status}`, answer.code, { rejected: dead ? sent : null });
+      }
+      if (answer.kind === "useless") {
+        log("error", "apply_failed", `refresh: apply_response failed (http=${http}): ${answer.detail}`);
+        return result("fail:apply_response", answer.detail);
+      }
+      log("warning", "transient", `refresh: transient failure (http=${http}): ${answer.detail}; worth another try`);
+      return result(`fail:transient_${http}`, answer.detail, { retryAfterMs: answer.retryAfterMs });
+    }
+  }
+}
+
+/** Writes a result to the status file. */
+function record(home: Home, result: Result, log: Log, now: number, next?: (result: Result) => number): void {
+  const { outcome, detail, tried, rejected, credential } = result;
   const before = readStatus(home.status);
   // What is known to be dead is remembered for as long as no other token is there.
-  const [remembered, current] = [before.rejected_refresh_token_sha256, result.credential.refreshToken];
+  const [remembered, current] = [before.rejected_refresh_token_sha256, credential.refreshToken];
   const gone = remembered !== null && current !== null && remembered !== current.fingerprint();
   const [failed, done] = [tried && exitCode(outcome) >= 2, outcome === "refreshed"];
   writeStatus(home, {
-    ...describeCredential(result.credential, now),
+    ...describeCredential(credential, now),
     watchdog_last_outcome: outcome,
     watchdog_last_run_iso: iso(now) ?? "",
     detail: detail === null ? null : oneLine(Secret.redact(detail)),
@@ -1647,51 +1799,15 @@ export async function attempt(
     ...(done ? { last_success_iso: iso(now) } : {}),
     ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
   }, log);
-  return result;
 }
 
-const ANY_RULE: Rule = { marginSeconds: 0, staleSeconds: 1 };
-
-/** A result, with what auth.json says by now. */
-function resultOf(target: Target, outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result {
-  const { credential } = decide(readAuth(target.path), Date.now(), ANY_RULE);
-  return { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more };
-}
-
-async function attemptUnlocked(home: Home, target: Target, context: Context): Promise<Result | null> {
-  const { settings, log, force, stop } = context;
-  const seen = await readSettled(target.path);
-  const { verdict, credential } = decide(seen, Date.now(), settings, force);
-  const blocked = seen.kind === "unreadable" && !seen.torn;
-  if (blocked || findJournals(target.path).length === 0) {
-    if (verdict.kind === "skip") return skipped(verdict, credential, target, log);
-    const dead = knownDead(home, target, context, verdict.token);
-    if (dead !== null) return dead;
-  }
-  const lock = await takeLock(target, stop);
-  if (lock === null && stop.aborted) return null;
-  if (lock === null) {
-    const holder = "another copy holds it, or the file system has no locks";
-    const detail = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
-    log("error", "locked", `refresh: not started: ${detail}`);
-    return resultOf(target, "fail:locked", detail);
-  }
-  try {
-    return await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null);
-  } finally {
-    lock.release();
-  }
-}
-
-/** The result for a token that the server has called dead before: it is not sent again, unless by force. */
-function knownDead(home: Home, target: Target, { force, rejected, log }: Context, token: Secret): Result | null {
+/** The ending for a token that the server has called dead before: it is not sent again, unless by force. */
+function knownDead(home: Home, { force, rejected }: Context, token: Secret): Ending | null {
   const { rejected_refresh_token_sha256, watchdog_last_outcome: last, detail } = readStatus(home.status);
-  const fingerprint = token.fingerprint();
-  if (force || ![rejected, rejected_refresh_token_sha256].includes(fingerprint)) return null;
+  const sent = token.fingerprint();
+  if (force || ![rejected, rejected_refresh_token_sha256].includes(sent)) return null;
   const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
-  const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
-  reportPermanent(home, outcome, code, "known to be dead, not sent again", log);
-  return resultOf(target, outcome, code, { rejected: fingerprint, tried: false });
+  return { kind: "dead", outcome, code: DEAD_CODES.find((each) => each === detail) ?? "rejected_before", sent };
 }
 
 /** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
@@ -1701,40 +1817,38 @@ async function attemptLocked(
   context: Context,
   lock: Lock,
   expected: Secret | null,
-): Promise<Result | null> {
-  const { settings, log, force, stop, patience } = context;
+): Promise<Ending | null> {
+  const { settings, log, force, stop, patience, now } = context;
   const { inPlace } = settings;
   const persevering = (since: number): Perseverance => (
     { inPlace, giveUpAt: () => patience(since), onFailure: tellOfTrouble(home, lock, log, since) }
   );
   if (await rollForward(target, persevering(uptime()))) {
-    return reportStored("stored", "rolled_forward", "rolled forward", target, log);
+    return { kind: "refreshed", how: "rolled forward", detail: "rolled_forward" };
   }
 
   const seen = await readSettled(target.path);
-  const { verdict, credential } = decide(seen, Date.now(), settings, force);
-  if (verdict.kind === "skip" || seen.kind !== "whole") {
-    return verdict.kind === "skip" ? skipped(verdict, credential, target, log) : null;
-  }
-  const fingerprint = verdict.token.fingerprint();
-  if (expected !== null && expected.fingerprint() !== fingerprint) return superseded(target, log);
-  const dead = knownDead(home, target, context, verdict.token);
+  const { verdict, credential } = decide(seen, now(), settings, force);
+  if (verdict.kind === "skip") return { kind: "skipped", verdict, credential };
+  const sent = verdict.token.fingerprint();
+  if (expected !== null && expected.fingerprint() !== sent || seen.kind !== "whole") return { kind: "superseded" };
+  const dead = knownDead(home, context, verdict.token);
   if (dead !== null || stop.aborted) return dead;
 
   const roots = readRoots(settings);
-  const journal = journalOf(target, fingerprint);
+  const journal = journalOf(target, sent);
   const room = await prove(journal, Buffer.byteLength(render(seen.document)) + ROOM_BYTES, inPlace);
   let answer: Answer | null = null;
   try {
     // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-    const isOurs = (now: Read) => lock.holds() && tokenIn(now) === fingerprint;
+    const isOurs = (now: Read) => lock.holds() && tokenIn(now) === sent;
     const again = await readSettled(target.path);
     if (stop.aborted) return null;
     if (!isOurs(again)) {
       if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
-      const { verdict, credential } = decide(again, Date.now(), settings, force);
+      const { verdict, credential } = decide(again, now(), settings, force);
       const torn = isTorn(again) && verdict.kind === "skip";
-      return torn ? skipped(verdict, credential, target, log) : superseded(target, log);
+      return torn ? { kind: "skipped", verdict, credential } : { kind: "superseded" };
     }
     const endpoint = settings.url.origin + settings.url.pathname;
     log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
@@ -1743,9 +1857,10 @@ async function attemptLocked(
     if (answer.kind === "granted") {
       const { grant, status, unusable } = answer;
       const stored = await store(journal, room, seen.document, grant, persevering(uptime()));
+      if (stored === "superseded") return { kind: "superseded" };
       const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
       const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
-      return reportStored(stored, null, how, target, log);
+      return { kind: "refreshed", how, detail: null };
     }
   } finally {
     if (answer?.kind !== "granted") {
@@ -1754,7 +1869,17 @@ async function attemptLocked(
     }
   }
   lock.giveWay();
-  return await reportRefused(home, answer, target, fingerprint, log);
+  const moved = answer.kind === "permanent" && await movesOn(target.path, sent);
+  return moved ? { kind: "superseded" } : { kind: "refused", answer, sent };
+}
+
+/** Whether auth.json comes to hold another refresh token, or goes. */
+async function movesOn(path: string, sent: string): Promise<boolean> {
+  for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
+    const now = await readSettled(path);
+    if (now.kind === "absent" || now.kind === "whole" && tokenIn(now) !== sent) return true;
+  }
+  return false;
 }
 
 /** Tells of an answer that cannot be stored yet, the status each minute and the log once, and lets other homes go on. */
@@ -1772,74 +1897,6 @@ function tellOfTrouble(home: Home, lock: Lock, log: Log, since: number): (error:
     log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
     logged = true;
   };
-}
-
-function skipped(
-  { outcome, text }: Verdict & { kind: "skip" },
-  credential: Credential,
-  { path }: Target,
-  log: Log,
-): Result {
-  const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
-  if (outcome === "skip:no_auth_json") log("info", "no_auth_json", absent);
-  else log("info", "no_op", `no-op: ${text}`);
-  if (text.startsWith("auth_mode=") && credential.refreshToken !== null) {
-    log("warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use");
-  }
-  return { outcome, detail: text, credential, retryAfterMs: null, rejected: null, tried: true };
-}
-
-function superseded(target: Target, log: Log): Result {
-  const detail = "auth.json holds another login by now";
-  log("info", "superseded", `refresh: superseded, ${detail}; left alone`);
-  return resultOf(target, "superseded", detail);
-}
-
-function reportStored(stored: Stored, detail: string | null, how: string, target: Target, log: Log): Result {
-  if (stored === "superseded") return superseded(target, log);
-  log("info", "refreshed", `refresh: ok (${how})`);
-  return resultOf(target, "refreshed", detail);
-}
-
-/** How long the Codex CLI may take to write what it was given for the token that we were refused. */
-const LOOK_AGAIN_MS = 3 * SECOND;
-
-async function reportRefused(
-  home: Home,
-  answer: Exclude<Answer, { kind: "granted" }>,
-  target: Target,
-  sent: string,
-  log: Log,
-): Promise<Result> {
-  const { status } = answer;
-  if (answer.kind === "permanent") {
-    for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
-      const now = await readSettled(target.path);
-      if (now.kind === "absent" || now.kind === "whole" && tokenIn(now) !== sent) return superseded(target, log);
-    }
-    const outcome: Outcome = `fail:permanent_${status}`;
-    const dead = answer.code !== null && DEAD_CODES.includes(answer.code);
-    const rejected = dead ? sent : null;
-    reportPermanent(home, outcome, answer.code ?? "none, a proxy may have answered", "refresh_token rejected", log);
-    // Before the lock is released: whoever waits for it must not send the token again.
-    const memory = { rejected_refresh_token_sha256: rejected, watchdog_last_outcome: outcome, detail: answer.code };
-    if (dead) writeStatus(home, memory, log);
-    return resultOf(target, outcome, answer.code, { rejected });
-  }
-  const { detail } = answer;
-  if (answer.kind === "useless") {
-    log("error", "apply_failed", `refresh: apply_response failed (http=${status}): ${detail}`);
-    return resultOf(target, "fail:apply_response", detail);
-  }
-  const http = String(status).padStart(3, "0");
-  log("warning", "transient", `refresh: transient failure (http=${http}): ${detail}; worth another try`);
-  return resultOf(target, `fail:transient_${http}`, detail, { retryAfterMs: answer.retryAfterMs });
-}
-
-function reportPermanent(home: Home, outcome: Outcome, code: string, why: string, log: Log): void {
-  const http = outcome.slice("fail:permanent_".length);
-  const remedy = `An operator must log in again: ${loginCommand(home.dir)}`;
-  log("error", "permanent", `refresh: PERMANENT FAILURE (http=${http} code=${code}) — ${why}. ${remedy}`);
 }
 
 // ── loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1861,10 +1918,6 @@ export interface Known {
   readonly failures: number;
   readonly retryAfterMs: number | null;
 }
-
-/** The longest sleep: a new login is noticed within a minute. */
-const STEP_MS = 45 * SECOND;
-const FIRST_BACKOFF_MS = 5 * SECOND;
 
 /**
  * The next moment to look, in milliseconds since 1970, and why. `random` is from [0, 1). Pure. A planned wait carries a
@@ -1987,17 +2040,21 @@ async function run(watch: Watch, shared: Shared): Promise<void> {
   const { settings, stop, patience, clock } = shared;
   const before = identify(home);
   [watch.busy, watch.hungUp] = [true, false];
-  const result = await attempt(home, { settings, log, force: false, stop, patience, rejected }, (result) => {
-    const read = readAuth(locate(home).path);
-    const { verdict, credential } = decide(read, clock.now(), settings);
-    const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
-    const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
-    watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
-    watch.rejected = result.rejected;
-    watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
-    const outcome = unreadable ? "unreadable" : result.outcome;
-    return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" }, shared);
-  });
+  const result = await attempt(
+    home,
+    { settings, log, force: false, stop, patience, rejected, now: clock.now },
+    (result) => {
+      const read = readAuth(locate(home).path);
+      const { verdict, credential } = decide(read, clock.now(), settings);
+      const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
+      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
+      watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
+      watch.rejected = result.rejected;
+      watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
+      const outcome = unreadable ? "unreadable" : result.outcome;
+      return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" }, shared);
+    },
+  );
   // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
   watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
   if (watch.hungUp) watch.at = 0;
@@ -2270,7 +2327,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   if (flags.json) return await print(showJson(await views()));
   if (flags.status) {
     const colour = !env.NO_COLOR && builtin("node:tty").isatty(1);
-    return await print(showStatus(await views(), colour));
+    return await print(showStatus(await views(), colour, Date.now()));
   }
   if (flags.metrics) return await print(showMetrics(await views()));
   if (flags.health) {
@@ -2298,7 +2355,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   if (flags.once) {
     stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
-    const context = { settings, force: flags.force, stop, patience, rejected: null };
+    const context = { settings, force: flags.force, stop, patience, rejected: null, now: Date.now };
     const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
     // A login that is not in auth.json may be where we do not look.
     homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").forEach(warn);

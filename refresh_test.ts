@@ -565,22 +565,45 @@ Deno.test("a home is unhealthy for a dead login, an expired token, an unreadable
   const dead = { rejected_refresh_token_sha256: new car.Secret("rt_view").fingerprint() };
   const permanent = { watchdog_last_outcome: "fail:permanent_401", detail: "refresh_token_reused" } as const;
   const failed = { watchdog_last_outcome: "fail:transient_503", detail: "busy" } as const;
-  const login = "log in again: CODEX_HOME=/x codex login";
+  const login = "log in again: CODEX_HOME=/x codex login (with --device-auth where there is no browser)";
+  const refused = "the endpoint refused the login (fail:permanent_401, refresh_token_reused)";
+  const buried = "the login is dead, the endpoint refuses its refresh token";
   const expired = { access_token: expiring(-7200) };
   const key = { auth_mode: "apikey" };
   const rows: [car.View, car.View["state"], string, string | null][] = [
     [viewOf(ran(60)), "healthy", "fresh", null],
-    [viewOf(ran(60, failed)), "healthy", "fail:transient_503, the access token is still good", "busy"],
+    [
+      viewOf(ran(60, failed)),
+      "healthy",
+      "the last run failed (fail:transient_503), the access token is still good",
+      null,
+    ],
     [viewOf({}), "healthy", "fresh", "start the watchdog, it has never run here"],
-    [viewOf(ran(60, permanent)), "unhealthy", "fail:permanent_401 (refresh_token_reused)", login],
-    [viewOf(ran(60, { ...permanent, detail: null })), "unhealthy", "fail:permanent_401 (no code)", login],
+    [viewOf(ran(60, permanent)), "unhealthy", refused, login],
+    [
+      viewOf(ran(60, { ...permanent, detail: null })),
+      "unhealthy",
+      "the endpoint refused the login (fail:permanent_401, no code)",
+      login,
+    ],
     // A login that is newer than the failure has nothing to do with it.
     [viewOf(ran(60, permanent), {}, { last_refresh: ago(30) }), "healthy", "fresh", null],
-    [viewOf(ran(60, dead)), "unhealthy", "the endpoint has called the refresh token dead", login],
-    [viewOf(ran(60, { ...failed, ...dead })), "unhealthy", "the endpoint has called the refresh token dead", login],
+    [viewOf(ran(60, dead)), "unhealthy", buried, login],
+    [
+      viewOf(ran(60, { ...permanent, ...dead })),
+      "unhealthy",
+      `${buried} (fail:permanent_401, refresh_token_reused)`,
+      login,
+    ],
+    [viewOf(ran(60, { ...failed, ...dead })), "unhealthy", buried, login],
     // Nor has one that no run has seen yet, however old it is.
     [viewOf(ran(60, { ...permanent, rejected_refresh_token_sha256: "0".repeat(16) })), "healthy", "fresh", null],
-    [viewOf(ran(60, failed), expired), "unhealthy", "the access token expired 2 h ago", "busy"],
+    [
+      viewOf(ran(60, failed), expired),
+      "unhealthy",
+      "the access token expired 2 h ago, and the last run failed (fail:transient_503)",
+      null,
+    ],
     [viewOf({}, expired), "unhealthy", "the access token expired 2 h ago", "start the watchdog, it has never run here"],
     [
       viewOf(ran(21600 + 301)),
@@ -597,17 +620,21 @@ Deno.test("a home is unhealthy for a dead login, an expired token, an unreadable
       "fresh",
       "start the watchdog, it last ran 12 h ago",
     ],
-    [viewOf(ran(30 * DAY), {}, key), "inert", "nothing to refresh (auth_mode=apikey)", null],
-    [viewOf(ran(60), { refresh_token: "" }), "inert", "nothing to refresh (no_refresh_token)", null],
+    [viewOf(ran(30 * DAY), {}, key), "inert", "no ChatGPT login, so nothing to keep alive (auth_mode=apikey)", null],
+    [viewOf(ran(60), { refresh_token: "" }), "inert", "no refresh token, so nothing to keep alive", null],
   ];
   for (const [view, ...expected] of rows) assertEquals([view.state, view.reason, view.advice], expected, view.reason);
   const look = (read: car.Read) =>
     car.view("/x", read, car.readStatus(join(scratch, "none")), [], NOW, car.readSettings({}));
   assertEquals([look({ kind: "absent" }).state, look({ kind: "empty" }).reason], ["inert", "no login yet"]);
   const unreadable = { kind: "unreadable", torn: false } as const;
-  assertEquals(look({ ...unreadable, error: "EACCES" }).advice, "make it readable for this user");
+  assertEquals(look({ ...unreadable, error: "EACCES" }).advice, "make it readable for this user, or run as its owner");
   const { state, reason, advice } = look({ ...unreadable, error: "SyntaxError" });
-  assertEquals([state, reason, advice], ["unhealthy", "auth.json is unreadable:SyntaxError", login]);
+  assertEquals([state, reason, advice], [
+    "unhealthy",
+    "auth.json holds no JSON, or begins with a byte order mark (unreadable:SyntaxError)",
+    login,
+  ]);
 });
 
 Deno.test("a view tells what the tokens say, and warns of a login that is not looked after", () => {
@@ -1228,6 +1255,18 @@ const DECIDE: Scenario[] = [
   skips("an empty auth.json is nothing to do", ABSENT, { ...NONE, file: "" }),
   skips("broken JSON is unreadable", "no-op: unreadable:SyntaxError", { file: '{"tokens":' }),
   skips("JSON that is a list is unreadable", "no-op: unreadable:TypeError", { file: "[1]" }),
+  skips("what begins with a byte order mark is warned of", /^\S+auth\.json holds no JSON.*: log in again: /m, {
+    file: "\ufeff{}",
+  }),
+  skips("a link to nowhere is warned of", /auth\.json is a symbolic link to a file that does not exist/, {
+    ...NONE,
+    file: null,
+    prepare: ({ auth }) => fs.symlinkSync("nowhere", auth),
+  }),
+  skips("a directory in auth.json's place is warned of", /^\S+auth\.json is a directory.*: remove it, and mount/m, {
+    file: null,
+    prepare: ({ auth }) => fs.mkdirSync(auth),
+  }),
   skips("bytes that are no text are unreadable", /^no-op: unreadable:\w+$/, { file: new Uint8Array([123, 255, 125]) }),
   skips("an API key is left alone", "no-op: auth_mode=apikey", { edit: (it) => it.auth_mode = "ApiKey" }),
   skips("an API key without a mode is left alone", "no-op: auth_mode=none", { edit: (it) => Object.assign(it, KEY) }),
@@ -2059,32 +2098,27 @@ function writeRun(home: string): void {
 const NEVER_RUN = `
 DIR/home: unhealthy, the access token expired 1 h ago
 
-  login          plan pro, account 00000000-0000-4000-8000-000000000001
-  access token   [--------------------] expired
-  refresh token  9 d old
-  last run       never
-  last refresh   never
-  failures       0 in a row, 0 of 0 runs
-  next run       not planned
+  login         plan pro, account 00000000-0000-4000-8000-000000000001
+  access token  [--------------------] expired
+  last refresh  9 d ago
   to do: start the watchdog, it has never run here
 `;
 const ALL_RIGHT = `
 DIR/home: healthy, fresh
 
-  login          plan pro, account 00000000-0000-4000-8000-000000000001
-  access token   [##########----------] 5 d left
-  refresh token  2 h 30 min old
-  last run       2 h 5 min ago refreshed
-  last refresh   2 h 5 min ago
-  failures       0 in a row, 2 of 7 runs
-  next run       in 3 h
+  login         plan pro, account 00000000-0000-4000-8000-000000000001
+  access token  [##########----------] 5 d left
+  last refresh  2 h 30 min ago
+  last run      2 h 5 min ago, refreshed
+  next run      in 3 h
 `;
 const THREE_HOMES = `
 state     home                  access token     last run          next run
 unhealthy …a-login-that-expired expired          never             -
+  the access token expired 1 h ago
   to do: start the watchdog, it has never run here
 healthy   …me-that-is-all-right 10 d left        2 h 5 min ago     in 3 h
-inert     …me-without-any-login unknown          never             -
+no login  …me-without-any-login -                never             -
 `;
 const HAS_SCRIPT = (() => {
   try {
@@ -2184,12 +2218,12 @@ const MAIN: Scenario[] = [
       const odd = stage.plant("odd\nname", 10 * DAY, 60).home;
       await health(0, /^healthy: 0 of 2 homes unhealthy; [^\n]*\n$/, odd, stage.home);
       await stage.once("3 fail:permanent_401", "--force");
-      await health(1, /^unhealthy: [^\n]*: fail:permanent_401 \(invalid_grant\)\n$/);
+      await health(1, /^unhealthy: [^\n]*: the login is dead, [^\n]* \(fail:permanent_401, invalid_grant\)\n$/);
       await health(1, /^unhealthy: 1 of 2 homes unhealthy; [^\n]*\n$/, odd, stage.home);
       await stage.once("1 skip"); // fresh, and yet dead
-      await health(1, /called the refresh token dead\n$/);
+      await health(1, /the login is dead, the endpoint refuses its refresh token\n$/);
       fs.writeFileSync(stage.auth, "{");
-      await health(1, /unreadable:SyntaxError\n$/);
+      await health(1, /auth\.json holds no JSON[^\n]* \(unreadable:SyntaxError\)\n$/);
       fs.writeFileSync(stage.auth, "");
       await health(0, /no login yet\n$/);
     },

@@ -1574,6 +1574,7 @@ async function look(home: string, url: string, throughExe: boolean): Promise<Tri
       stop: new AbortController().signal,
       patience: (since: number) => since,
       rejected: null,
+      now: Date.now,
     };
     await attempt({ dir: home, status }, context);
     assertMatch(said, DOCUMENTED);
