@@ -109,8 +109,6 @@ export function readSettings(env: Environment): Settings {
       (protocol === "https:" || protocol === "http:" && (allowHttp || isLoopback(hostname))),
   );
   const proxyName = proxyNames(endpoint).find((name) => env[name] && !bypassesProxy(endpoint.hostname, env));
-  const proxyText = env[proxyName ?? ""] ?? "";
-  const proxyUrl = proxyText.includes("://") ? proxyText : `http://${proxyText}`;
   const isProxy = ({ protocol }: URL) => /^https?:$/.test(protocol);
   const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
   const caPath = env[caName];
@@ -123,7 +121,7 @@ export function readSettings(env: Environment): Settings {
     staleSeconds: seconds("CODEX_AUTH_STALE_AFTER_SECONDS", 604800, 1),
     url: endpoint,
     clientId: env.CODEX_APP_SERVER_LOGIN_CLIENT_ID || DEFAULT_CLIENT_ID,
-    proxy: proxyName ? url(proxyName, proxyUrl, "the URL of an http proxy", isProxy) : null,
+    proxy: proxyName ? url(proxyName, proxyUrl(env[proxyName] ?? ""), "the URL of an http proxy", isProxy) : null,
     caFile: caPath ? { name: caName, path: caPath } : null,
     inPlace: oneOf("CODEX_AUTH_IN_PLACE", "0", "1") === "1",
     logFormat: oneOf("CODEX_AUTH_LOG_FORMAT", "text", "json"),
@@ -140,6 +138,14 @@ function isLoopback(host: string): boolean {
  */
 function proxyNames({ protocol }: URL): string[] {
   return [...(protocol === "https:" ? ["https_proxy", "HTTPS_PROXY"] : ["http_proxy"]), "all_proxy", "ALL_PROXY"];
+}
+
+/** A proxy's URL, http where it names none; a bare percent sign and a backslash in user and password are themselves. */
+function proxyUrl(text: string): string {
+  const [, scheme = "http://", login, rest = ""] = /^([a-z0-9]+:\/\/)?(?:(.*)@)?(.*)$/is.exec(text) ?? [];
+  if (login === undefined) return scheme + rest;
+  const plain = login.replace(/%(?![0-9a-f]{2})/gi, "%25").replaceAll("\\", "%5c");
+  return `${scheme}${plain}@${rest}`;
 }
 
 /** Whether NO_PROXY names a host, as curl reads it: an asterisk alone, domains, addresses and networks. */
@@ -867,13 +873,26 @@ function createPrivate(path: string, owner: Target["owner"]): number {
   const { O_RDWR, O_CREAT, O_EXCL } = fs.constants;
   const fd = fs.openSync(path, O_RDWR | O_CREAT | O_EXCL, 0o600);
   try {
-    fs.fchmodSync(fd, 0o600); // whatever the umask has taken away
-    if (owner !== null) fs.fchownSync(fd, owner.uid, owner.gid);
+    const { mode, uid, gid } = fs.fstatSync(fd);
+    // Only what is to be changed: some mounts (SMB, root-squashed NFS) refuse both, whatever they are asked for.
+    if ((mode & 0o777) !== 0o600) insist(() => fs.fchmodSync(fd, 0o600), `${path}: its mount refuses mode 0600`);
+    if (owner !== null && (uid !== owner.uid || gid !== owner.gid)) {
+      const why = `${path}: its mount refuses to make it user ${owner.uid}'s, run as that user`;
+      insist(() => fs.fchownSync(fd, owner.uid, owner.gid), why);
+    }
     return fd;
   } catch (error) {
     closeQuietly(fd);
     removeQuietly(path);
     throw error;
+  }
+}
+
+function insist(change: () => void, why: string): void {
+  try {
+    change();
+  } catch (error) {
+    throw new CannotStart(`${why} (${errorName(error)})`);
   }
 }
 
@@ -1023,13 +1042,16 @@ const DISK_ERRORS: Readonly<Record<string, string>> = {
   ENOSPC: "the disk is full",
   EDQUOT: "the disk quota is used up",
   EACCES: "no permission to write",
-  EPERM: "not permitted, the file or its directory may be immutable or append-only",
+  EPERM: "not permitted, it may be immutable, its directory append-only, or its mount refuse renames",
   EEXIST: "not permitted, its directory may be append-only",
+  ENOTSUP: "its mount does not support a step of the storing, a rename for example",
+  EOPNOTSUPP: "its mount does not support a step of the storing, a rename for example",
   EIO: "the disk reports an I/O error",
   ESTALE: "it was replaced outside of its mount; mount the directory instead of the file",
 };
 
 function describeDisk(error: unknown): string {
+  if (error instanceof CannotStart) return error.message;
   const code = errorName(error);
   return code in DISK_ERRORS ? `${DISK_ERRORS[code]} (${code})` : `cannot be written (${code})`;
 }
@@ -1201,8 +1223,8 @@ async function publish(journal: Journal, content: string, inPlace: boolean): Pro
       fs.renameSync(journal.path, path);
       return await syncDirectory(path);
     } catch (error) {
-      // A mount point that st_dev did not show. The answer is in hand: better in place than lost.
-      if (errorName(error) !== "EBUSY") throw error;
+      // A mount point that st_dev did not show, say. The answer is in hand: better in place than lost.
+      if (!["EBUSY", "ENOTSUP", "EOPNOTSUPP"].includes(errorName(error))) throw error;
     }
   }
   const fd = fs.openSync(path, fs.constants.O_WRONLY | fs.constants.O_NOFOLLOW);

@@ -135,6 +135,11 @@ Deno.test("the proxy is the one that curl would take", () => {
     [{ HTTP_PROXY: capital }, http, undefined],
     [{ https_proxy: "small.example:1" }, https, small],
     [{ https_proxy: "me:pass@small.example:1" }, https, "http://me:pass@small.example:1/"],
+    [
+      { https_proxy: "http://DOM\\me:50%off%41@small.example:1" },
+      https,
+      "http://DOM%5cme:50%25off%41@small.example:1/",
+    ],
     [{ https_proxy: small, no_proxy: "example.com" }, https, undefined],
     [{ https_proxy: "ftp://ignored", no_proxy: "example.com" }, https, undefined],
   ];
@@ -1361,13 +1366,21 @@ const TLS = makeCertificates();
 const ROOTS = { CODEX_CA_CERTIFICATE: pem("root") };
 const tls = (env: Record<string, string>): Options => ({ env, mock: { tls: TLS }, skip: TLS === undefined });
 /** Over TLS, through a CONNECT proxy where `tunnels` is 1, else past it. */
-const proxied = (name: string, tunnels: number, env: Record<string, string>, variable = "HTTPS_PROXY", user = "") =>
+const proxied = (
+  name: string,
+  tunnels: number,
+  env: Record<string, string>,
+  variable = "HTTPS_PROXY",
+  user = "",
+  sent = "",
+) =>
   drive(name, tls({ ...ROOTS, ...env }), async (stage) => {
     const asked: string[] = [];
     const proxy = net.createServer((socket) => {
       socket.on("error", () => {}).once("data", (head) => {
         const [, host = "", port] = /^CONNECT ([^:]+):(\d+) /.exec(String(head)) ?? [];
-        asked.push(`${host}:${port}`);
+        const [, login = ""] = /^proxy-authorization: basic (\S+)/im.exec(String(head)) ?? [];
+        asked.push(`${Buffer.from(login, "base64")}@${host}:${port}`);
         const server = net.connect(Number(port), host).on("error", () => socket.destroy());
         socket.write("HTTP/1.1 200 OK\r\n\r\n");
         socket.pipe(server).pipe(socket);
@@ -1379,7 +1392,7 @@ const proxied = (name: string, tunnels: number, env: Record<string, string>, var
     stage.env[URL_NAME] = `https://localhost:${stage.mock.port}/oauth/token`;
     await stage.once("0 refreshed");
     proxy.close();
-    assertEquals(asked, Array(tunnels).fill(`localhost:${stage.mock.port}`));
+    assertEquals(asked, Array(tunnels).fill(`${sent}@localhost:${stage.mock.port}`));
   });
 
 const POST: Scenario[] = [
@@ -1505,7 +1518,15 @@ const POST: Scenario[] = [
   proxied("HTTPS_PROXY is used", 1, {}),
   proxied("NO_PROXY with the host's name goes past the proxy", 0, { NO_PROXY: "localhost" }),
   proxied("NO_PROXY with an asterisk goes past the proxy", 0, { NO_PROXY: "*" }),
-  proxied("https_proxy goes before HTTPS_PROXY, and may name a user", 1, {}, "https_proxy", "user@"),
+  proxied("https_proxy goes before HTTPS_PROXY, and may name a user", 1, {}, "https_proxy", "user@", "user:"),
+  proxied(
+    "a proxy's user and password are sent as curl sends them",
+    1,
+    {},
+    "https_proxy",
+    "DOM\\me:50%of%66@",
+    "DOM\\me:50%off",
+  ),
   drive("HTTP_PROXY is not read, and http_proxy is", {}, async (stage) => {
     const other = await startMockServer({ acceptAny: true });
     stage.env.HTTP_PROXY = `http://127.0.0.1:${other.port}`;
