@@ -179,64 +179,39 @@ const libc = Deno.dlopen("libc.so.6", {
   ask: { name: "ptrace", parameters: ["i32", "i32", "usize", "buffer"], result: "isize" },
   waitpid: { parameters: ["i32", "buffer", "i32"], result: "i32", nonblocking: true },
 }).symbols;
-const PTRACE = { SYSCALL: 24, GETEVENTMSG: 0x4201, SEIZE: 0x4206, GET_SYSCALL_INFO: 0x420e };
+const PTRACE = { SYSCALL: 24, SEIZE: 0x4206, GET_SYSCALL_INFO: 0x420e };
 const OPTIONS = 0x01n | 0x08n | 0x10n | 0x100000n; // TRACESYSGOOD, TRACECLONE, TRACEEXEC, EXITKILL
-const EVENT = { CLONE: 3, EXEC: 4 };
+const EXEC = 4; // the event
 const SYSCALL_STOP = 0x85;
 const WALL = 0x40000000;
 
-function tasksOf(pid: number): number[] {
-  try {
-    return [...Deno.readDirSync(`/proc/${pid}/task`)].map(({ name }) => Number(name));
-  } catch {
-    return []; // it is gone
-  }
-}
-
 /** Kills an attempt where any thread enters its `nth` system call, counted over all threads, from the first on. */
 async function killAt(nth: number, scene: Scene): Promise<{ calls: number; said: string }> {
-  const held = 'sh -c \'kill -STOP $$; exec "$@"\' - "$@" & echo pid $! >&2; wait $!';
+  const held = 'setsid sh -c \'kill -STOP $$; exec "$@"\' - "$@" & echo pid $! >&2; wait $!';
   const shell = start(["sh", "-c", held, "-", ...once(scene)], scene.server);
   await shell.said(/^pid \d+\n/);
   const pid = Number(/^pid (\d+)/.exec(shell.stderr())?.[1]);
   await until(() => / T /.test(Deno.readTextFileSync(`/proc/${pid}/stat`)));
-  let calls = NaN;
-  const threads = new Set<number>();
-  const follow = async (thread: number): Promise<void> => {
-    if (threads.has(thread)) return;
-    threads.add(thread);
-    const status = new Int32Array(1);
-    const offspring: Promise<void>[] = [];
-    while (await libc.waitpid(thread, status, WALL) === thread) {
-      const [kind, stop, event] = [status[0]! & 0xff, (status[0]! >> 8) & 0xff, status[0]! >> 16];
-      if (kind !== 0x7f) break; // it has ended
-      if (event === EVENT.EXEC) calls = 0;
-      if (event === EVENT.CLONE) {
-        const created = new BigUint64Array(1);
-        libc.ask(PTRACE.GETEVENTMSG, thread, 0n, created);
-        offspring.push(follow(Number(created[0])));
-      }
-      if (stop === SYSCALL_STOP) {
-        const info = new Uint8Array(88);
-        libc.ask(PTRACE.GET_SYSCALL_INFO, thread, BigInt(info.length), info);
-        const entered = info[0] === 1;
-        if (entered && ++calls === nth) Deno.kill(pid, "SIGKILL");
-      }
-      const signal = event === 0 && stop !== SYSCALL_STOP ? stop : 0;
-      libc.ptrace(PTRACE.SYSCALL, thread, 0n, BigInt(signal));
-    }
-    await Promise.all(offspring);
-  };
   assertEquals(libc.ptrace(PTRACE.SEIZE, pid, 0n, OPTIONS), 0n, "ptrace: not root?");
-  let over = false;
-  const followed = follow(pid).finally(() => over = true);
   Deno.kill(pid, "SIGCONT");
-  // A thread whose creation the kill overtakes is not announced, but has to be waited for all the same.
-  const strays: Promise<void>[] = [];
-  for (; !over; await pause(5)) {
-    if (calls >= nth) strays.push(...Array.from(tasksOf(pid), follow));
+  const limit = setTimeout(() => Deno.kill(pid, "SIGKILL"), LIMIT_MS);
+  let calls = NaN;
+  const status = new Int32Array(1);
+  // It is a process group of its own, so that one call waits for all of its threads, those too that the kill overtakes.
+  for (let thread = 0; (thread = await libc.waitpid(-pid, status, WALL)) > 0;) {
+    const [kind, stop, event] = [status[0]! & 0xff, (status[0]! >> 8) & 0xff, status[0]! >> 16];
+    if (kind !== 0x7f) continue; // it has ended
+    if (event === EXEC) calls = 0;
+    if (stop === SYSCALL_STOP) {
+      const info = new Uint8Array(88);
+      libc.ask(PTRACE.GET_SYSCALL_INFO, thread, BigInt(info.length), info);
+      const entered = info[0] === 1;
+      if (entered && ++calls === nth) Deno.kill(pid, "SIGKILL");
+    }
+    const signal = event === 0 && stop !== SYSCALL_STOP ? stop : 0;
+    libc.ptrace(PTRACE.SYSCALL, thread, 0n, BigInt(signal));
   }
-  await Promise.all([followed, ...strays]);
+  clearTimeout(limit);
   return { calls, said: (await shell.ended).said };
 }
 
