@@ -1497,7 +1497,7 @@ function diagnose(
 async function viewAll(homes: readonly Home[], settings: Settings, verbose = false): Promise<View[]> {
   const views = await Promise.all(homes.map(async (home) => {
     const read = await readSettled(locate(home).path);
-    const shown = view(oneLine(home.dir), read, readStatus(home.status), oddities(home), Date.now(), settings);
+    const shown = view(oneLine(home.dir), read, readStatus(home.status), await oddities(home), Date.now(), settings);
     const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
     return verbose && typeof email === "string" ? { ...shown, email: oneLine(email) } : shown;
   }));
@@ -1505,21 +1505,41 @@ async function viewAll(homes: readonly Home[], settings: Settings, verbose = fal
   return views.sort((one, other) => rank(one) - rank(other));
 }
 
-/** Where config.toml keeps logins: its top-level `cli_auth_credentials_store`, "file" where it says nothing. */
-function storeOf(home: Home): string {
-  const top = readText(join(home.dir, "config.toml"))?.split(/^\s*\[[^[\],]*\]\s*(?:#.*)?$/m)[0] ?? "";
-  return tame(/^\s*["']?cli_auth_credentials_store["']?\s*=\s*["']([^"']*)/m.exec(top)?.[1]) ?? "file";
-}
-
-/** What is odd about a home, whatever its auth.json holds. */
-function oddities(home: Home): string[] {
+/** What is odd about a home, whatever its auth.json holds. `etc` is where the machine's own configuration lies. */
+export async function oddities(home: Home, etc = "/etc/codex"): Promise<string[]> {
   if (statOf(home.dir) === null) return ["the folder does not exist"];
-  const [auth, store] = [join(home.dir, "auth.json"), storeOf(home)];
-  const dangling = statOf(auth, fs.lstatSync)?.isSymbolicLink() === true && readAuth(auth).kind === "absent";
+  const auth = join(home.dir, "auth.json");
+  const absent = statOf(auth) === null && readAuth(auth).kind === "absent";
+  const dangling = absent && statOf(auth, fs.lstatSync)?.isSymbolicLink() === true;
+  const store = await oddStore(home, etc, absent);
   return [
     ...(dangling ? ["auth.json is a symbolic link to a file that does not exist: bring that back, or remove it"] : []),
-    ...(store === "file" ? [] : [`config.toml keeps logins in "${store}", where this program does not look`]),
+    ...(store === null ? [] : [store]),
   ];
+}
+
+/**
+ * What is odd about where the Codex CLI keeps logins: `cli_auth_credentials_store` of the managed configuration, else of the
+ * home's, else of the machine's (codex-rs/config/src/types.rs, AuthCredentialsStoreMode).
+ */
+async function oddStore(home: Home, etc: string, absent: boolean): Promise<string | null> {
+  const paths = [join(etc, "managed_config.toml"), join(home.dir, "config.toml"), join(etc, "config.toml")];
+  for (const path of paths) {
+    const text = readText(path);
+    if (text === null) continue;
+    let store: unknown;
+    try {
+      const { parse } = await import("@std/toml/parse");
+      store = (parse(text) as JsonObject).cli_auth_credentials_store;
+    } catch {
+      return `${path} is no TOML, so it is not known where logins are kept`;
+    }
+    if (store === undefined) continue;
+    const elsewhere = `${path} keeps logins in "${tame(store) ?? "?"}", where this program does not look`;
+    if (store === "auto") return absent ? `${path} says "auto": the login may be in the system's keyring` : null;
+    return store === "file" ? null : elsewhere;
+  }
+  return null;
 }
 
 /** The fields of a view as people see them; null for a row that has nothing to say. */
@@ -2360,7 +2380,9 @@ async function start(args: readonly string[], env: Environment, write: (line: st
 
   const logOf = (home: Home | null) => logTo(write, settings.logFormat, home, homes.length > 1);
   const log = logOf(null);
-  const warn = (home: Home) => oddities(home).forEach((each) => log("warning", "odd_home", `${home.dir}: ${each}`));
+  const warn = async (home: Home) => {
+    for (const each of await oddities(home)) log("warning", "odd_home", `${home.dir}: ${each}`);
+  };
   const stopping = new AbortController();
   const stop = stopping.signal;
   const stopOn = (...signals: NodeJS.Signals[]) => {
@@ -2380,13 +2402,13 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     const context = { settings, force: flags.force, stop, patience, rejected: null, now: Date.now };
     const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
     // A login that is not in auth.json may be where we do not look.
-    homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").forEach(warn);
+    await Promise.all(homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").map(warn));
     return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
   }
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
-  homes.forEach(warn);
+  await Promise.all(homes.map(warn));
   if (address !== null) {
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);

@@ -657,6 +657,35 @@ Deno.test("a view tells what the tokens say, and warns of a login that is not lo
   );
 });
 
+Deno.test("a configuration that keeps logins elsewhere is told of, the managed one before all", async () => {
+  const [dir, etc] = [join(scratch, "store"), join(scratch, "etc")];
+  const files = [join(etc, "managed_config.toml"), join(dir, "config.toml"), join(etc, "config.toml")];
+  const rows: [texts: (string | null)[], auth: boolean, says: RegExp | null][] = [
+    [[null, null, null], true, null],
+    [[null, "", 'cli_auth_credentials_store = "keyring"'], true, /etc\/config\.toml keeps logins in "keyring"/],
+    [[null, 'cli_auth_credentials_store = "file"', 'cli_auth_credentials_store = "keyring"'], true, null],
+    [
+      ['cli_auth_credentials_store = "ephemeral"', 'cli_auth_credentials_store = "file"', null],
+      true,
+      /managed.*"ephemeral"/,
+    ],
+    [[null, "'cli_auth_credentials_store' = 'auto' # x", null], true, null],
+    [[null, 'cli_auth_credentials_store = "auto"', null], false, /"auto": the login may be in the system's keyring/],
+    [[null, "[x]\ncli_auth_credentials_store = 'keyring'", null], true, null],
+    [[null, 'a = """\ncli_auth_credentials_store = "keyring"\n"""', null], true, null],
+    [[null, "cli_auth_credentials_store = 5", null], true, /keeps logins in "\?"/],
+    [[null, "cli_auth_credentials_store = ", null], true, /config\.toml is no TOML/],
+  ];
+  for (const [texts, auth, says] of rows) {
+    for (const each of [dir, etc]) fs.rmSync(each, { recursive: true, force: true }), fs.mkdirSync(each);
+    texts.forEach((text, index) => text !== null && fs.writeFileSync(files[index] ?? "", text));
+    if (auth) fs.writeFileSync(join(dir, "auth.json"), "{}");
+    const told = await car.oddities({ dir, status: "" }, etc);
+    assertEquals(told.length, says === null ? 0 : 1, `${texts}: ${told}`);
+    if (says !== null) assertMatch(told[0] ?? "", says);
+  }
+});
+
 Deno.test("metrics are Prometheus text, with a home's name however odd", () => {
   const views = [viewOf({ watchdog_last_outcome: "skip", runs_total: 7 }), { ...viewOf({}), home: 'a"b\\c\nd' }];
   const text = car.showMetrics(views);
