@@ -25,6 +25,7 @@ interface Scene extends AsyncDisposable {
   readonly before: string; // what it holds at first
   readonly oldest: string; // the refresh token in it
   readonly server: MockServer;
+  env?: string[]; // further variables, as NAME=value
 }
 
 async function staleLogin(shared?: MockServer): Promise<Scene> {
@@ -86,7 +87,7 @@ function start([program, ...args]: string[], server: MockServer): Process {
   return { ended, stderr: () => text, said, kill };
 }
 
-const once = ({ dir }: Scene) => [exe, "--once", dir];
+const once = ({ dir, env = [] }: Scene) => [...(env.length > 0 ? ["env", ...env] : []), exe, "--once", dir];
 
 /** One attempt to its end, under strace where flags for it are given. */
 function run(scene: Scene, ...strace: string[]) {
@@ -99,7 +100,7 @@ function tokenIn(text: string): string {
 
 /** The names of the home's files that hold `token`. */
 function filesWith(token: string, { dir }: Scene): string[] {
-  const names = [...Deno.readDirSync(dir)].map(({ name }) => name);
+  const names = [...Deno.readDirSync(dir)].filter(({ isFile }) => isFile).map(({ name }) => name);
   return names.filter((name) => Deno.readTextFileSync(`${dir}/${name}`).includes(token));
 }
 
@@ -375,6 +376,49 @@ Deno.test("killed at any system call it loses nothing but in the gap", async (t)
       `${before} before the request was answered, ${gap} in the gap`,
     () => assert(survived > 50 && before > 100 && gap > 0 && gap < 60),
   );
+});
+
+/** What a run may leave that is killed once it has its answer; each gets the answer's document. */
+const LEFT: Record<string, (scene: Scene, answer: string) => void> = {
+  "a journal"(scene, answer) {
+    Deno.writeTextFileSync(journalOf(scene), answer + "\n".repeat(1 << 17));
+  },
+  "a journal that was being replaced"(scene, answer) {
+    Deno.writeTextFileSync(journalOf(scene), answer);
+    Deno.writeTextFileSync(`${journalOf(scene)}.new`, answer.slice(0, 99));
+  },
+  "a journal that never got its name"(scene, answer) {
+    Deno.writeTextFileSync(journalOf(scene), answer.slice(0, 99));
+    Deno.writeTextFileSync(`${journalOf(scene)}.new`, answer);
+  },
+  "a journal of a file that is rewritten in place"(scene, answer) {
+    Deno.writeTextFileSync(journalOf(scene), answer);
+    Deno.mkdirSync(`${scene.dir}/sub`);
+    Deno.linkSync(scene.auth, `${scene.dir}/sub/link`);
+    scene.env = ["CODEX_AUTH_IN_PLACE=1"];
+  },
+};
+
+Deno.test("killed at any system call while it finishes what a killed run left it loses nothing", async (t) => {
+  const { first } = await studyOnce();
+  for (const [what, leave] of Object.entries(LEFT)) {
+    let [finished, killed] = [0, 0];
+    const numbers = function* () {
+      for (let nth = first - 10; finished < 4; nth++) yield nth; // before that it only starts
+    };
+    await each(numbers(), async (nth) => {
+      await using scene = await staleLogin();
+      const body = JSON.stringify({ client_id: "x", grant_type: "refresh_token", refresh_token: scene.oldest });
+      const answer = await fetch(scene.server.url, { method: "POST", body });
+      leave(scene, authJson(await answer.json()));
+      const { calls, said } = await killAt(nth, scene);
+      const fate = await recover(scene, `${what}, killed at call ${nth}: ${said}`);
+      assertEquals(fate, "survived", said);
+      if (calls < nth) finished++;
+      else killed++;
+    });
+    await t.step(`${what}: killed at each of ${killed} system calls`, () => assert(killed > 50));
+  }
 });
 
 Deno.test("one error of the disk, at any call, costs nothing", async (t) => {
