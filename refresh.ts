@@ -400,6 +400,19 @@ export function claimsOf(jwt: string): JsonObject | null {
   }
 }
 
+/** What OpenAI's tokens say of plan and account. */
+function openaiClaims(jwt: string): JsonObject {
+  const claims = claimsOf(jwt)?.["https://api.openai.com/auth"];
+  return isObject(claims) ? claims : {};
+}
+
+/** The account that a login is for, null where it does not say. */
+function accountOf(document: JsonObject): string | null {
+  const { account_id } = isObject(document.tokens) ? document.tokens : {};
+  const account = account_id ?? openaiClaims(tokensOf(document).id_token ?? "").chatgpt_account_id;
+  return typeof account === "string" && account !== "" ? account : null;
+}
+
 /** The moment in which an access token dies: `exp` of RFC 7519, 4.1.4, in milliseconds. */
 function expiryOf(accessToken: string): number | null {
   const exp = claimsOf(accessToken)?.exp;
@@ -465,6 +478,10 @@ const DEAD_CODES = [
   ...["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"],
   ...["app_session_expired", "app_session_terminated", "invalid_refresh_token", "token_expired"],
 ];
+
+function isDead(answer: Answer): boolean {
+  return answer.kind === "permanent" && answer.code !== null && DEAD_CODES.includes(answer.code);
+}
 
 /**
  * Further root certificates, PEM, one each; around them the file may hold anything. Throws a {@link CannotStart} where they
@@ -1139,15 +1156,46 @@ async function rollForward(target: Target, how: Perseverance): Promise<boolean> 
   return stored;
 }
 
-/** What somebody else may have put in a journal's place must not get into auth.json. */
-function assertOurs(path: string, { owner }: Target): void {
+/** Whether a file is a plain one of ours or of auth.json's owner: what anybody else has put there must not get in. */
+function isOurs(path: string, { owner }: Target): boolean {
   const stat = fs.lstatSync(path, { throwIfNoEntry: false });
-  if (stat === undefined) return;
-  if (!stat.isFile() || ![process.getuid?.() ?? stat.uid, owner?.uid].includes(stat.uid)) {
+  return stat?.isFile() === true && [process.getuid?.() ?? stat.uid, owner?.uid].includes(stat.uid);
+}
+
+function assertOurs(path: string, target: Target): void {
+  if (fs.lstatSync(path, { throwIfNoEntry: false }) === undefined) return;
+  if (!isOurs(path, target)) {
     throw new CannotStart(`${path} has the name of a journal of this program, but is somebody else's: remove it`);
   }
   const read = readJournal(path);
   if (read.kind === "unreadable" && !read.torn) throw new CannotStart(`${path} cannot be read (${read.error})`);
+}
+
+/**
+ * Settles the answer that a Codex CLI left which was killed between its fsync and its rename: the latest `.auth-XXXXXX`
+ * beside auth.json that has the same account, another refresh token and a later last_refresh
+ * (codex-rs/login/src/auth/storage.rs). Where it came from, null where there is none.
+ */
+async function rescue(journal: Journal, how: Perseverance): Promise<{ from: string; stored: Stored } | null> {
+  const { target, fingerprint } = journal;
+  const seen = await readSettled(target.path);
+  if (seen.kind !== "whole" || accountOf(seen.document) === null) return null;
+  const { document } = seen;
+  const refreshed = (of: JsonObject) => credentialOf(of, Date.now()).lastRefreshMs ?? 0;
+  const names = fs.readdirSync(dirname(target.path)).filter((name) => /^\.auth-[0-9A-Za-z]{6}$/.test(name));
+  const paths = names.map((name) => join(dirname(target.path), name)).filter((path) => isOurs(path, target));
+  const left = paths.flatMap((path) => {
+    const read = readJournal(path);
+    return read.kind === "whole" ? [{ path, answer: read.document }] : [];
+  }).filter(({ answer }) =>
+    accountOf(answer) === accountOf(document) && ![null, fingerprint].includes(tokenOf(answer)) &&
+    refreshed(answer) > refreshed(document)
+  );
+  const [last] = left.sort((one, other) => refreshed(other.answer) - refreshed(one.answer));
+  if (last === undefined) return null;
+  const stored = await persevere(journal, last.answer, null, how);
+  if (stored === "stored") removeQuietly(last.path);
+  return { from: basename(last.path), stored };
 }
 
 /**
@@ -1395,16 +1443,12 @@ export interface View extends Status {
   readonly access_token_lifetime_seconds: number | null;
 }
 
-/** The claim in which OpenAI's tokens name plan and account. */
-const AUTH_CLAIM = "https://api.openai.com/auth";
-
 /** A view from what was read: auth.json, the status file, and what is odd about the home. Pure. */
 export function view(home: string, read: Read, status: Status, odd: string[], nowMs: number, settings: Settings): View {
   const { verdict, credential } = decide(read, nowMs, settings);
   const { expiresMs, lastRefreshMs, refreshToken } = credential;
   const { id_token = "", access_token = "" } = read.kind === "whole" ? tokensOf(read.document) : {};
-  const account = claimsOf(id_token)?.[AUTH_CLAIM];
-  const { chatgpt_plan_type, chatgpt_account_id } = isObject(account) ? account : {};
+  const { chatgpt_plan_type, chatgpt_account_id } = openaiClaims(id_token);
   const issued = claimsOf(access_token)?.iat;
   const fromMs = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
   const seconds = (from: number | null) =>
@@ -1511,11 +1555,20 @@ export async function oddities(home: Home, etc = "/etc/codex"): Promise<string[]
   const auth = join(home.dir, "auth.json");
   const absent = statOf(auth) === null && readAuth(auth).kind === "absent";
   const dangling = absent && statOf(auth, fs.lstatSync)?.isSymbolicLink() === true;
-  const store = await oddStore(home, etc, absent);
   return [
-    ...(dangling ? ["auth.json is a symbolic link to a file that does not exist: bring that back, or remove it"] : []),
-    ...(store === null ? [] : [store]),
-  ];
+    dangling ? "auth.json is a symbolic link to a file that does not exist: bring that back, or remove it" : null,
+    oddPlace(locate(home).path),
+    await oddStore(home, etc, absent),
+  ].filter((each) => each !== null);
+}
+
+/** A file that cannot be renamed over: whoever lets today's Codex CLI refresh it loses the login. */
+function oddPlace(path: string): string | null {
+  const [file, folder] = [statOf(path), statOf(dirname(path))];
+  if (!file?.isFile()) return null;
+  const where = "where the Codex CLI (0.169 at least) cannot store what it redeems, and loses the login";
+  if (file.nlink > 1) return `auth.json has a second hard link, ${where}: remove the link`;
+  return file.dev === folder?.dev ? null : `auth.json is a mount of its own, ${where}: mount its directory instead`;
 }
 
 /**
@@ -1807,8 +1860,7 @@ function conclude(ending: Ending, home: Home, path: string, log: Log, nowMs: num
       const http = String(answer.status).padStart(3, "0");
       if (answer.kind === "permanent") {
         permanent(http, answer.code ?? "none, a proxy may have answered", "refresh_token rejected");
-        const dead = answer.code !== null && DEAD_CODES.includes(answer.code);
-        return result(`fail:permanent_${answer.status}`, answer.code, { rejected: dead ? sent : null });
+        return result(`fail:permanent_${answer.status}`, answer.code, { rejected: isDead(answer) ? sent : null });
       }
       if (answer.kind === "useless") {
         log("error", "apply_failed", `refresh: apply_response failed (http=${http}): ${answer.detail}`);
@@ -1911,8 +1963,13 @@ async function attemptLocked(
     }
   }
   lock.giveWay();
-  const moved = answer.kind === "permanent" && await movesOn(target.path, sent);
-  return moved ? { kind: "superseded" } : { kind: "refused", answer, sent };
+  if (answer.kind === "permanent") {
+    if (await movesOn(target.path, sent)) return { kind: "superseded" };
+    const rescued = isDead(answer) ? await rescue(journal, persevering(uptime())) : null;
+    if (rescued?.stored === "superseded") return { kind: "superseded" };
+    if (rescued !== null) return { kind: "refreshed", how: `rescued from ${rescued.from}`, detail: "rescued" };
+  }
+  return { kind: "refused", answer, sent };
 }
 
 /** Whether auth.json comes to hold another refresh token, or goes. */

@@ -686,6 +686,16 @@ Deno.test("a configuration that keeps logins elsewhere is told of, the managed o
   }
 });
 
+Deno.test("an auth.json in which today's Codex CLI would lose a login is told of", async () => {
+  const dir = join(scratch, "hard_linked");
+  fs.mkdirSync(dir);
+  const told = () => car.oddities({ dir, status: "" }, join(scratch, "none"));
+  fs.writeFileSync(join(dir, "auth.json"), "{}");
+  assertEquals(await told(), []);
+  fs.linkSync(join(dir, "auth.json"), join(dir, "second"));
+  assertMatch((await told()).join(), /^auth\.json has a second hard link, where .* loses the login: remove the link$/);
+});
+
 Deno.test("metrics are Prometheus text, with a home's name however odd", () => {
   const views = [viewOf({ watchdog_last_outcome: "skip", runs_total: 7 }), { ...viewOf({}), home: 'a"b\\c\nd' }];
   const text = car.showMetrics(views);
@@ -1208,7 +1218,7 @@ function assertNoLeak(stage: Stage): void {
   }
   const printed = stage.runs.flatMap(({ stdout, stderr }) => [stdout, stderr]);
   const files = fs.readdirSync(stage.dir, { recursive: true, encoding: "utf8" });
-  const others = files.filter((name) => !/(auth\.json|second|elsewhere\.json|\.tmp|\.new)$/.test(name));
+  const others = files.filter((name) => !/(auth\.json|\.auth-\w+|second|elsewhere\.json|\.tmp|\.new)$/.test(name));
   assert(stage.runs.length > 0, "nothing was started");
   for (const text of [...printed, ...others.map((name) => stage.text(join(stage.dir, name)) ?? "")]) {
     for (let start = 0; start + 9 <= text.length; start++) {
@@ -1815,6 +1825,46 @@ const APPLY: Scenario[] = [
     assert(run.stderr.includes(`${planted} has the name of a journal`), run.stderr);
     assertEquals([stage.text(), fs.readlinkSync(planted), fs.existsSync(real)], [before, real, true]);
     assertEquals(stage.mock.requests.length, 0);
+  }),
+  drive("what a killed Codex CLI left is rescued when the endpoint calls the token spent", {}, async (stage) => {
+    const path = join(stage.home, ".auth-a1B2c3");
+    await spend(stage, stage.login.refresh_token);
+    const answer = { ...stage.login, refresh_token: stage.mock.newest(stage.login.refresh_token) };
+    fs.writeFileSync(path, authJson(answer, new Date(Date.now() - 60_000)), { mode: 0o600 });
+    fs.writeFileSync(join(stage.home, ".auth-older1"), another(stage)); // is left alone
+    const document = JSON.parse(stage.text() ?? "") as Fields;
+    fs.writeFileSync(stage.auth, JSON.stringify({ ...document, more: 1 }));
+    const run = await stage.once("0 refreshed");
+    assert(run.says("refresh: ok (rescued from .auth-a1B2c3)"), run.stderr);
+    assertEquals([stage.status().detail, stage.isNewest(), fs.existsSync(path)], ["rescued", true, false]);
+    assertEquals([(JSON.parse(stage.text() ?? "") as Fields).more, stage.temporaries()], [1, []]);
+    assert(fs.existsSync(join(stage.home, ".auth-older1")));
+    await stage.once("0 refreshed", "--force");
+  }),
+  drive("what a killed Codex CLI cannot have left for this login is not touched", {
+    answers: [status(401, "refresh_token_reused")],
+  }, async (stage) => {
+    const put = (name: string, text: string) => fs.writeFileSync(join(stage.home, `.auth-${name}`), text);
+    const [own, later] = [stage.login, new Date()];
+    const other = { ...own, refresh_token: ANOTHER };
+    put("accoun", authJson(other, later).replace(/"account_id": "[^"]*"/, '"account_id": "another"'));
+    put("older1", authJson(other, new Date(0)));
+    put("sameRT", authJson(own, later));
+    put("noTOKN", "{}");
+    put("torn01", authJson(other, later).slice(0, -40));
+    put("zeros1", "\0".repeat(1 << 20));
+    put("longer7", authJson(other, later));
+    fs.symlinkSync(join(stage.home, ".auth-longer7"), join(stage.home, ".auth-linked"));
+    output("mkfifo", join(stage.home, ".auth-fifo01"));
+    fs.mkdirSync(join(stage.home, ".auth-folder"));
+    if (ROOT) {
+      put("strang", authJson(other, later));
+      fs.chownSync(join(stage.home, ".auth-strang"), 65534, 65534);
+    }
+    const left = () => fs.readdirSync(stage.home).filter((name) => name.startsWith(".auth-")).sort();
+    const [before, names] = [stage.text(), left()];
+    const run = await stage.once("3 fail:permanent_401");
+    assertEquals([stage.text(), left(), run.lines.length], [before, names, 2], run.stderr);
   }),
   ends("a journal that holds no answer is removed", "0 refreshed", {
     prepare: (stage) => void stage.leave(() => "\n".repeat(4096)),
