@@ -49,6 +49,7 @@ const PLACES = 8; // attempts at a time that hold a lock, a journal and a connec
 const TORN_MS = 0.5 * SECOND; // a Codex CLI that truncates and then writes is done by then
 const WRITER_MS = 5 * SECOND; // the same once an answer waits: a slow writer is not taken for a dead one
 const LOOK_AGAIN_MS = 3 * SECOND; // the Codex CLI may take that long to write what it got for the token that we were refused
+const LONGEST_LIFE_MS = 10 * 365 * 24 * 60 * MINUTE; // an `exp` beyond is in the wrong unit, or of a clock gone wrong
 const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within a minute
 const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
 
@@ -358,7 +359,7 @@ function credentialOf(document: JsonObject, nowMs: number): Credential {
   return {
     lastRefresh: refreshed !== null || text.length <= 40 ? Secret.redact(text) : "",
     lastRefreshMs: refreshed !== null && refreshed <= nowMs + 5 * MINUTE ? refreshed : null,
-    expiresMs: expiryOf(tokens.access_token ?? ""),
+    expiresMs: expiryOf(tokens.access_token ?? "", nowMs),
     refreshToken: tokens.refresh_token === undefined ? null : new Secret(tokens.refresh_token),
   };
 }
@@ -413,10 +414,11 @@ function accountOf(document: JsonObject): string | null {
   return typeof account === "string" && account !== "" ? account : null;
 }
 
-/** The moment in which an access token dies: `exp` of RFC 7519, 4.1.4, in milliseconds. */
-function expiryOf(accessToken: string): number | null {
+/** The moment in which an access token dies, in milliseconds: `exp` of RFC 7519, 4.1.4. Null for one that cannot be meant. */
+function expiryOf(accessToken: string, nowMs: number): number | null {
   const exp = claimsOf(accessToken)?.exp;
-  return typeof exp === "number" && iso(exp * SECOND) !== null ? exp * SECOND : null;
+  const ms = typeof exp === "number" ? exp * SECOND : null;
+  return iso(ms) === null || ms === null || ms - nowMs > LONGEST_LIFE_MS ? null : ms;
 }
 
 /** ISO 8601 in UTC; null for what a Date cannot hold. */

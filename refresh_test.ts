@@ -305,6 +305,8 @@ Deno.test("every verdict has its text", () => {
     [{}, { access_token: "opaque" }, "skip fresh exp_in=unknowns age=60s"],
     [{}, { access_token: jwt({ exp: "soon" }) }, "skip fresh exp_in=unknowns age=60s"],
     [{}, { access_token: jwt({ exp: 1e300 }) }, "skip fresh exp_in=unknowns age=60s"],
+    [{}, { access_token: expiring(3650 * DAY) }, `skip fresh exp_in=${3650 * DAY}s age=60s`],
+    [{}, { access_token: expiring(3650 * DAY + 1) }, "skip fresh exp_in=unknowns age=60s"],
     [{}, { access_token: jwt({ exp: -1e300 }) }, "skip fresh exp_in=unknowns age=60s"],
     [{ last_refresh: null }, { access_token: null }, "refresh unparseable_metadata"],
     [{ last_refresh: ago(-DAY) }, { access_token: 7 }, "refresh unparseable_metadata"],
@@ -1706,6 +1708,18 @@ const APPLY: Scenario[] = [
   unprivileged("somebody else's file is refused before the token is spent", /belongs to user 0/, !ROOT, ({ auth }) => {
     fs.chownSync(auth, 0, 0);
     fs.chmodSync(auth, 0o666);
+  }),
+  drive("somebody else's file that may be written is rewritten in place where that is allowed", {
+    forms: startable,
+    skip: !ROOT,
+    env: inPlace,
+  }, async (stage) => {
+    belong(stage);
+    fs.chownSync(stage.auth, 0, 65534);
+    fs.chmodSync(stage.auth, 0o660);
+    await stage.expect(stage.spawn([...NOBODY, ...FORMS[stage.form] ?? [], "--once"]), "0 refreshed");
+    const { uid, gid } = fs.statSync(stage.auth);
+    assertEquals([uid, gid, mode(stage.auth), stage.isNewest(), stage.temporaries()], [0, 65534, "660", true, []]);
   }),
   ends("what root writes is the login's owner's, and a lock file of root's becomes it", "0 refreshed", {
     prepare: (stage) => {
