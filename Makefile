@@ -2,6 +2,7 @@
 
 DENO_VERSION = 2.9.6
 BUN_VERSION = 1.4.5
+NODE_VERSION = 24.21.0
 
 # auto: deno; bun where Deno's runtime executable cannot be downloaded
 ENGINE ?= auto
@@ -13,11 +14,14 @@ endif
 # They are asked for their real paths: what PATH finds may be a wrapper that keeps signals to itself.
 deno-on-path := $(shell deno eval 'console.log(Deno.version.deno, Deno.execPath())' 2>/dev/null)
 bun-on-path := $(shell bun -e 'console.log(Bun.version, process.execPath)' 2>/dev/null)
+node-on-path := $(shell node -e 'console.log(process.versions.node, process.execPath)' 2>/dev/null)
 pick = $(if $(filter $(1),$(firstword $(2))),$(lastword $(2)),$(3))
 DENO ?= $(call pick,$(DENO_VERSION),$(deno-on-path),.tools/deno@$(DENO_VERSION)/deno)
 BUN ?= $(call pick,$(BUN_VERSION),$(bun-on-path),.tools/bun@$(BUN_VERSION)/bun)
+NODE ?= $(call pick,$(NODE_VERSION),$(node-on-path),.tools/node@$(NODE_VERSION)/node)
 deno-installed = $(filter .tools/%,$(DENO))
 bun-installed = $(filter .tools/%,$(BUN))
+node-installed = $(filter .tools/%,$(NODE))
 
 BUNDLE = dist/refresh.js
 EXE = dist/codex_auth_refresh
@@ -32,15 +36,16 @@ build: $(EXE)  ## the executable, dist/codex_auth_refresh; ENGINE=deno or ENGINE
 
 cross: $(TARGETS:%=$(EXE)-bun-%)  ## executables for Linux x64 and arm64, glibc and musl, and macOS arm64
 
-# What tests start: the three forms of the program, by absolute path.
+# What tests start: the four forms of the program, by absolute path.
 forms = CAR_DENO="$$($(DENO) eval 'console.log(Deno.execPath())')" \
 	CAR_BUN="$$($(BUN) -e 'console.log(process.execPath)')" \
+	CAR_NODE="$$($(NODE) -e 'console.log(process.execPath)')" \
 	CAR_BUNDLE='$(CURDIR)/$(BUNDLE)' CAR_EXE='$(CURDIR)/$(EXE)'
 
-demo: build | $(bun-installed)  ## the whole story against a mock server, in a scratch folder
+demo: build | $(bun-installed) $(node-installed)  ## the whole story against a mock server, in a scratch folder
 	@$(forms) $(DENO) run --quiet -A .ci/demo.ts
 
-test: check build | $(bun-installed)  ## format, lint, types, unit and end-to-end tests
+test: check build | $(bun-installed) $(node-installed)  ## format, lint, types, unit and end-to-end tests
 	@if $(forms) NO_COLOR=1 $(DENO) test --quiet -A refresh_test.ts >dist/test.log 2>&1; \
 	then grep '^ok |' dist/test.log; else cat dist/test.log; exit 1; fi
 
@@ -49,10 +54,10 @@ check: | $(deno-installed)  ## format, lint and types only
 	@$(DENO) lint $(SOURCES)
 	@$(DENO) check --quiet $(SOURCES)
 
-interop torture simulate soak recipes: build | $(bun-installed)  ## the long proofs, one by one
+interop torture simulate soak recipes: build | $(bun-installed) $(node-installed)  ## the long proofs, one by one
 	@$(forms) $(DENO) test -A $(wildcard .ci/$@*_test.ts)
 
-bench: build | $(bun-installed)  ## what it costs
+bench: build | $(bun-installed) $(node-installed)  ## what it costs
 	@$(forms) $(DENO) run --quiet -A .ci/bench.ts
 
 proofs:  ## the names of the long proofs there are
@@ -122,12 +127,13 @@ compile-auto = if $(deno-compile); then echo "$@: compiled by $$($(DENO) -V)"; e
 	why=$$(grep denort $@.log | tail -n 1); [ "$$why" ] || { cat $@.log >&2; exit 1; }; $(bun-compile); \
 	echo "$@: compiled by bun $$($(BUN) -v), for want of Deno's runtime executable: $${why\#*: }"
 
-# .tools/NAME@VERSION/NAME. Install scripts are left out: all that these do is move the executable about.
+# .tools/NAME@VERSION/NAME. Install scripts are left out where all that they do is move the executable about; Node.js's
+# fetches it.
 .tools/%:
 	@echo "installing $(*D) into .tools"
 	@mkdir -p $(@D)
-	@npm install --prefix $(@D) --no-save --ignore-scripts --no-audit --no-fund --fetch-retries=1 $(*D) \
+	@npm install --prefix $(@D) --no-save $(if $(findstring node@,$*),,--ignore-scripts) --no-audit --no-fund --fetch-retries=1 $(*D) \
 		>$(@D)/npm.log 2>&1 && cd $(@D) && \
-	for exe in node_modules/@*/*/$(@F) node_modules/@*/*/bin/$(@F); \
+	for exe in node_modules/@*/*/$(@F) node_modules/@*/*/bin/$(@F) node_modules/node/bin/$(@F); \
 	do "$$exe" --version >/dev/null 2>&1 && exec ln -sf "$$exe" $(@F); done; \
 	echo "npm did not install $(*D): is npm there, and its registry in reach? What it said: $(@D)/npm.log" >&2; exit 1

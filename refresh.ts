@@ -33,6 +33,8 @@ const fsync = (fd: number) =>
   new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
 /** For what an attempt with nothing to do does not need: an import would be loaded, and embedded, every time. */
 const builtin = process.getBuiltinModule;
+const versions: Readonly<Record<string, string | undefined>> = process.versions;
+const ENGINE = versions.deno !== undefined ? "deno" : versions.bun !== undefined ? "bun" : "node";
 const SECOND = 1000;
 const MINUTE = 60 * SECOND;
 /** Milliseconds for measuring how long something takes, whatever happens to the clock on the wall. */
@@ -509,7 +511,8 @@ export function readRoots({ caFile }: Pick<Settings, "caFile">): string[] {
  * environment says, and no connection is used twice: an engine may silently repeat a request on one that turns out dead.
  */
 function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { options: object; close(): void } {
-  if (typeof Deno !== "undefined") {
+  const close = () => {};
+  if (ENGINE === "deno") {
     try {
       const [username = "", password = ""] = [proxy?.username, proxy?.password].map((part) =>
         decodeURIComponent(part ?? "")
@@ -522,13 +525,28 @@ function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { o
       throw new CannotStart(`no TLS client could be set up: ${(error as Error).message}`);
     }
   }
-  // Bun takes `ca` instead of its own roots, not beside them. Verbose, which a variable can ask for, shows the token.
-  const ca = roots.length === 0 ? {} : { ca: [...builtin("node:tls").rootCertificates, ...roots] };
-  const through = proxy === null ? {} : { proxy: proxy.href };
-  return {
-    options: { keepalive: false, verbose: false, tls: { rejectUnauthorized: true, ...ca }, ...through },
-    close() {},
+  // Bun and Node.js take roots instead of their own, not beside them.
+  const all = () => [...builtin("node:tls").rootCertificates, ...roots];
+  if (ENGINE === "bun") {
+    const ca = roots.length === 0 ? {} : { ca: all() };
+    const through = proxy === null ? {} : { proxy: proxy.href };
+    // Verbose, which a variable can ask for, shows the token.
+    const options = { keepalive: false, verbose: false, tls: { rejectUnauthorized: true, ...ca }, ...through };
+    return { options, close };
+  }
+  const [tls, http] = [builtin("node:tls"), builtin("node:http")] as { [name: string]: unknown }[];
+  const set = (what: string, since: string, call: unknown, value: unknown) => {
+    if (typeof call !== "function") throw new CannotStart(`${what} need Node.js ${since}, this is ${versions.node}`);
+    call(value);
   };
+  if (roots.length > 0) set("further roots", "24.5", tls?.setDefaultCACertificates, all());
+  // Where there is none that has to be said as well: NODE_USE_ENV_PROXY has it read the environment by itself.
+  const href = proxy?.href ?? "http://none.invalid";
+  const proxies = { http_proxy: href, https_proxy: href, no_proxy: proxy === null ? "*" : "" };
+  if (proxy !== null || "setGlobalProxyFromEnv" in builtin("node:http")) {
+    set("proxies", "24.14", http?.setGlobalProxyFromEnv, proxies);
+  }
+  return { options: {}, close };
 }
 
 /**
@@ -618,7 +636,7 @@ async function* readBody({ body, headers }: Response): AsyncGenerator<string> {
   let left = MAX_ANSWER_BYTES;
   // Asked for none, Deno leaves it to us what a server compresses all the same.
   const [packing] = /^(?:gzip|deflate)$/.exec(headers.get("content-encoding") ?? "") ?? [];
-  const packed = typeof Deno !== "undefined" && packing !== undefined;
+  const packed = ENGINE === "deno" && packing !== undefined;
   const plain = packed ? body?.pipeThrough(new DecompressionStream(packing as "gzip")) : body;
   for (const reader = plain?.getReader(); reader !== undefined;) {
     const { done, value } = await reader.read();
@@ -692,10 +710,11 @@ const FAILURES: [RegExp, string, boolean][] = [
 ];
 
 function describeFailure(error: unknown): { detail: string; sent: boolean } {
-  const { name, message, code, cause } = error as { name?: string; message?: string; code?: unknown; cause?: Error };
-  const text = `${name} ${code} ${message} ${cause?.message}`;
+  type Failure = { name?: string; message?: string; code?: unknown };
+  const { name, message, code, cause } = error as Failure & { cause?: Failure };
+  const text = `${name} ${code ?? cause?.code} ${message} ${cause?.message}`;
   const [, detail, sent] = FAILURES.find(([pattern]) => pattern.test(text)) ?? [];
-  return { detail: detail ?? tame(code) ?? tame(name) ?? "unknown error", sent: sent ?? true };
+  return { detail: detail ?? tame(code ?? cause?.code) ?? tame(name) ?? "unknown error", sent: sent ?? true };
 }
 
 // ── apply ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2349,7 +2368,7 @@ function readArguments(args: readonly string[]) {
  */
 function openLog(): { write: (line: string) => void; settled: () => Promise<void> } {
   let fd = 2;
-  let blocks = typeof Deno !== "undefined";
+  let blocks = ENGINE === "deno";
   try {
     const stat = fs.fstatSync(2);
     blocks ||= !stat.isFile();
@@ -2381,7 +2400,7 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
 }
 
 function writeInBackground(bytes: Uint8Array): Promise<unknown> {
-  if (typeof Deno !== "undefined") return Deno.stderr.write(bytes);
+  if (ENGINE === "deno") return Deno.stderr.write(bytes);
   return new Promise((resolve) => fs.write(2, bytes, resolve));
 }
 
@@ -2414,12 +2433,21 @@ async function main(args: readonly string[], env: Environment): Promise<number> 
   }
 }
 
+/** Where we run as a script of Node.js it may be too old, and would fail in the middle of things. */
+function checkEngine(): void {
+  if (ENGINE !== "node") return;
+  process.removeAllListeners("warning"); // node:sqlite is called experimental, on stderr
+  delete process.env.NODE_TLS_REJECT_UNAUTHORIZED;
+  if (parseInt(versions.node ?? "") >= 24 && builtin("node:module").isBuiltin("node:sqlite")) return;
+  throw new UsageError(`needs Node.js 24 or newer, with node:sqlite; this is ${versions.node}`);
+}
+
 async function start(args: readonly string[], env: Environment, write: (line: string) => void): Promise<number> {
+  checkEngine();
   const flags = readArguments(args);
   if (flags.help) return print(HELP);
   if (flags.version) {
-    const { deno, bun } = process.versions as Record<string, string | undefined>;
-    return print(`codex_auth_refresh ${VERSION} (${deno === undefined ? `bun ${bun}` : `deno ${deno}`})\n`);
+    return print(`codex_auth_refresh ${VERSION} (${ENGINE} ${versions[ENGINE]})\n`);
   }
   const settings = readSettings(env);
   const homes = readHomes(flags.homes, env);
@@ -2523,4 +2551,5 @@ function withoutPaths(each: View): View {
   return told ? each : { ...each, detail: null, advice: each.advice && "see codex_auth_refresh --status" };
 }
 
-if (import.meta.main) process.exit(await main(process.argv.slice(2), process.env));
+// Older Node.js does not say, but is to be told that it is too old.
+if (import.meta.main !== false) process.exit(await main(process.argv.slice(2), process.env));

@@ -1,6 +1,6 @@
 /**
  * Tests of refresh.ts, in its own order. First the pure functions, then the whole program: one table of scenarios, each
- * driven three ways, as source under Deno, as bundle under Bun and as executable, against the mock server.
+ * driven four ways, as source under Deno, as bundle under Bun and under Node.js, and as executable, against the mock server.
  *
  * `make test` runs them all; `CAR_ONLY=words` only the scenarios whose names hold these words.
  *
@@ -986,12 +986,16 @@ const given = (name: string): string => {
   if (value) return value;
   throw new Error(`${name} is not set: start these tests with make test, which builds what they drive`);
 };
-const [DENO, BUN, BUNDLE, EXE] = ["CAR_DENO", "CAR_BUN", "CAR_BUNDLE", "CAR_EXE"].map(given) as [string, ...string[]];
+const [DENO, BUN, NODE, BUNDLE, EXE] = ["DENO", "BUN", "NODE", "BUNDLE", "EXE"].map((name) => given(`CAR_${name}`)) as [
+  string,
+  ...string[],
+];
 const SOURCE = join(import.meta.dirname ?? ".", "refresh.ts");
 const ALLOWED = ["--allow-read", "--allow-write", "--allow-env", "--allow-net", "--allow-sys=uid"];
 const FORMS: Record<string, string[]> = {
   source: [DENO, "run", "--no-prompt", ...ALLOWED, SOURCE],
   bundle: [String(BUN), String(BUNDLE)],
+  node: [String(NODE), String(BUNDLE)],
   executable: [String(EXE)],
 };
 const { denoDir } = JSON.parse(output(DENO, "info", "--json")) as { denoDir: string };
@@ -1406,6 +1410,7 @@ const STARTING = /^refresh: starting \(.*reasons=exp_in=-36\d\ds<=14400s,last_re
 const TLS = makeCertificates();
 const ROOTS = { CODEX_CA_CERTIFICATE: pem("root") };
 const tls = (env: Record<string, string>): Options => ({ env, mock: { tls: TLS }, skip: TLS === undefined });
+const TAKES_USER = Object.keys(FORMS).filter((form) => form !== "node");
 /** Over TLS, through a CONNECT proxy where `tunnels` is 1, else past it. */
 const proxied = (
   name: string,
@@ -1559,7 +1564,9 @@ const POST: Scenario[] = [
   proxied("HTTPS_PROXY is used", 1, {}),
   proxied("NO_PROXY with the host's name goes past the proxy", 0, { NO_PROXY: "localhost" }),
   proxied("NO_PROXY with an asterisk goes past the proxy", 0, { NO_PROXY: "*" }),
-  proxied("https_proxy goes before HTTPS_PROXY, and may name a user", 1, {}, "https_proxy", "user@", "user:"),
+  proxied("https_proxy goes before HTTPS_PROXY", 1, {}, "https_proxy"),
+  // Node.js sends a user only with a password.
+  { ...proxied("a proxy may name a user", 1, {}, "https_proxy", "user@", "user:"), forms: TAKES_USER },
   proxied(
     "a proxy's user and password are sent as curl sends them",
     1,
@@ -1568,12 +1575,13 @@ const POST: Scenario[] = [
     "DOM\\me:50%of%66@",
     "DOM\\me:50%off",
   ),
-  drive("HTTP_PROXY is not read, and http_proxy is", {}, async (stage) => {
+  drive("HTTP_PROXY is not read, and http_proxy is", { env: { NODE_USE_ENV_PROXY: "1" } }, async (stage) => {
     const other = await startMockServer({ acceptAny: true });
     stage.env.HTTP_PROXY = `http://127.0.0.1:${other.port}`;
     await stage.once("0 refreshed");
     assertEquals([stage.mock.requests.length, other.requests.length], [1, 0]);
     stage.env.http_proxy = stage.env.HTTP_PROXY;
+    if (stage.form === "node") return await other.close(); // asks for a tunnel, which the other is none for
     await stage.once("0 refreshed", "--force");
     assertEquals([stage.mock.requests.length, other.requests.length], [1, 1]);
     await other.close();
@@ -1891,7 +1899,7 @@ const APPLY: Scenario[] = [
     const lock = new DatabaseSync(join(stage.home, "auth_refresh.lock"));
     lock.exec("BEGIN EXCLUSIVE");
     // A home for each, with one auth.json: who has read its own status file has found the login stale before.
-    const started = [...Object.values(FORMS), ...[1, 2].map(() => FORMS[stage.form] ?? [])].map((form, index) => {
+    const started = [...Object.values(FORMS), FORMS[stage.form] ?? []].map((form, index) => {
       const home = join(stage.dir, `home${index}`);
       fs.mkdirSync(home);
       fs.symlinkSync(stage.auth, join(home, "auth.json"));
@@ -1910,7 +1918,7 @@ const APPLY: Scenario[] = [
   drive("five that start together on one dead login send one request", {
     answers: Array(5).fill(status(401, "refresh_token_expired")),
   }, async (stage) => {
-    const forms = [...Object.values(FORMS), ...[1, 2].map(() => FORMS[stage.form] ?? [])];
+    const forms = [...Object.values(FORMS), FORMS[stage.form] ?? []];
     const runs = forms.map((form) => stage.spawn([...form, "--once"]));
     assertEquals(await Promise.all(runs.map(({ ended }) => ended)), [3, 3, 3, 3, 3]);
     assertEquals(stage.mock.requests.length, 1);
@@ -2271,7 +2279,17 @@ const MAIN: Scenario[] = [
     for (const word of [...FLAGS, ...VARIABLES]) assert(text.includes(word), `no ${word}`);
   }),
   printed("the version names the engine", ["--version"], (text) => {
-    assertMatch(text, /^codex_auth_refresh \d+\.\d+\.\d+ \((bun|deno) [\d.]+\)\n$/);
+    assertMatch(text, /^codex_auth_refresh \d+\.\d+\.\d+ \((bun|deno|node) [\d.]+\)\n$/);
+  }),
+  drive("a Node.js that is too old or has no SQLite is a mistake, in one line", { forms: ["node"] }, async (stage) => {
+    const found = new Deno.Command("node", { args: ["-p", "process.versions.node"] }).outputSync().stdout;
+    const old = parseInt(new TextDecoder().decode(found)) < 24 ? [["node", String(BUNDLE)]] : [];
+    for (const command of [[String(NODE), "--no-experimental-sqlite", String(BUNDLE)], ...old]) {
+      const run = stage.spawn([...command, "--once"]);
+      assertEquals([await run.ended, run.lines.length, run.stdout], [64, 1, ""], run.stderr);
+      assertMatch(run.stderr, /needs Node\.js 24 or newer, with node:sqlite; this is \d+/);
+    }
+    assertEquals(fs.readdirSync(stage.home), ["auth.json"]);
   }),
   printed("the status asks nobody and changes nothing", ["--status"], (text, stage) => {
     assertEquals(shown(stage, text), NEVER_RUN);
@@ -2422,7 +2440,7 @@ const MAIN: Scenario[] = [
     await run.said(/^next check .*backoff/);
     assertEquals((await ask("/healthz")).status, 503);
     const told = await ask("/status");
-    assert(/"watchdog_last_outcome": "fail:preflight"/.test(told.text) && !told.text.includes("auth.json"), told.text);
+    assert(/"watchdog_last_outcome": "fail:preflight"/.test(told.text) && !told.text.includes(stage.auth), told.text);
     run.kill("SIGTERM");
     assertEquals(await run.ended, 0, run.stderr);
   }),
@@ -2505,7 +2523,7 @@ const ONLY = Deno.env.get("CAR_ONLY") ?? "";
 // Scenarios run side by side, so nothing can tell whose a resource is.
 const UNWATCHED = { sanitizeOps: false, sanitizeResources: false, sanitizeExit: false };
 Deno.test({
-  name: "the program, as source, bundle and executable",
+  name: "the program, in its four forms",
   ...UNWATCHED,
   async fn(test) {
     const wanted = SCENARIOS.filter(({ name }) => name.includes(ONLY));
