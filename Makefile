@@ -92,11 +92,11 @@ dist/engine: FORCE
 	@mkdir -p $(@D)
 	@echo '$(ENGINE) $(DENO) $(BUN)' | cmp -s - $@ || echo '$(ENGINE) $(DENO) $(BUN)' >$@
 
-# No subprocess, no native code, and what is refused is an error: a watchdog has nobody to ask. A network that swallows
-# packets gets two minutes, not for ever, where there is a timeout command.
+# No native code, no program but what --exec names, and what is refused is an error: a watchdog has nobody to ask. A
+# network that swallows packets gets two minutes, not for ever, where there is a timeout command.
 patience := $(shell timeout --foreground 9 echo timeout --foreground 120 2>/dev/null)
 deno-compile = NO_COLOR=1 $(patience) $(DENO) compile --no-config --no-prompt \
-	--allow-read --allow-write --allow-env --allow-net --allow-sys=uid --output $@ $< >$@.log 2>&1
+	--allow-read --allow-write --allow-env --allow-net --allow-sys=uid --allow-run --output $@ $< >$@.log 2>&1
 
 # Reads nothing from the folder it is started in, which may be somebody else's. Bytecode halves the time to start, and a
 # small heap starts a little faster than a large one.

@@ -53,6 +53,9 @@ const WRITER_MS = 5 * SECOND; // the same once an answer waits: a slow writer is
 const LOOK_AGAIN_MS = 3 * SECOND; // the Codex CLI may take that long to write what it got for the token that we were refused
 const LONGEST_LIFE_MS = 10 * 365 * 24 * 60 * MINUTE; // an `exp` beyond is in the wrong unit, or of a clock gone wrong
 const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within a minute
+const EXEC_MS = 60 * SECOND; // what the operator's command may take
+const EXEC_STOP_MS = 5 * SECOND; // the same once a SIGTERM has come
+const MAX_OUTPUT = 16 << 10; // how much of what it prints goes into the log
 const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
 
 // ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1393,6 +1396,9 @@ const NO_STATUS = {
   failures_total: 0,
   /** The start of the SHA-256 of a refresh token that the server called dead. */
   rejected_refresh_token_sha256: null as string | null,
+  /** What the operator's command was last told of: the state, and the `last_success_iso` of a refresh. */
+  told_state: null as "healthy" | "unhealthy" | null,
+  told_success_iso: null as string | null,
   watchdog_version: "",
 };
 export type Status = typeof NO_STATUS;
@@ -2019,6 +2025,97 @@ function tellOfTrouble(home: Home, lock: Lock, log: Log, since: number): (error:
   };
 }
 
+// Telling the operator: a command of theirs runs after a refresh and when a home's state changes. It runs beside all the
+// rest and holds no lock, so that nothing that it does delays a refresh.
+
+/** What there is to tell of a home, each with the fields of the status file that remember that it was told. */
+export function news({ state, last_success_iso, told_state, told_success_iso }: View): [Event, Partial<Status>][] {
+  const now = state === "unhealthy" ? "unhealthy" : "healthy";
+  const all: [boolean, Event, Partial<Status>][] = [
+    [last_success_iso !== told_success_iso, "refreshed", { told_success_iso: last_success_iso }],
+    [now !== (told_state ?? "healthy"), now === "unhealthy" ? now : "recovered", { told_state: now }],
+  ];
+  return all.flatMap(([isNew, event, told]) => isNew ? [[event, told]] : []);
+}
+
+type Event = "refreshed" | "unhealthy" | "recovered";
+
+/**
+ * Has the operator's command told of whatever is new about a home, one thing after the other. What it fails at is told
+ * again after the next attempt. `stop` leaves it 5 s.
+ */
+function teller(command: string | null, env: Environment, settings: Settings, stop: AbortSignal) {
+  const busy = new Map<string, Promise<void>>();
+  const known = new Map<string, Partial<Status>>(); // for where the status file cannot be written
+  const tell = async (command: string, home: Home, log: Log) => {
+    for (const seen = new Set<string>();;) {
+      const status = { ...readStatus(home.status), ...known.get(home.dir) };
+      const stands = view(home.dir, await readSettled(locate(home).path), status, [], Date.now(), settings);
+      const [event, change] = news(stands).find(([event]) => !seen.has(event)) ?? [];
+      if (event === undefined) return;
+      seen.add(event);
+      const told = {
+        CODEX_AUTH_EVENT: event,
+        CODEX_HOME: home.dir,
+        CODEX_AUTH_OUTCOME: stands.watchdog_last_outcome,
+        CODEX_AUTH_REASON: stands.reason,
+        CODEX_AUTH_ADVICE: stands.advice ?? "",
+      };
+      const failure = await runCommand(command, { ...env, ...told }, stop, log);
+      if (failure === null) {
+        log("info", "told", `exec: event=${event} ok`);
+        known.set(home.dir, { ...known.get(home.dir), ...change });
+        writeStatus(home, { ...change }, log);
+      } else log("error", "not_told", `exec: event=${event} failed (${failure}), it is told again at the next attempt`);
+    }
+  };
+  return {
+    tell(home: Home, log: Log): void {
+      if (command === null || busy.has(home.dir)) return;
+      busy.set(home.dir, tell(command, home, log).finally(() => busy.delete(home.dir)));
+    },
+    told: () => Promise.all(busy.values()),
+  };
+}
+
+/** Runs the operator's command, for 60 s at most, then ends it with its children. Null, or why it failed. */
+async function runCommand(command: string, env: Environment, stop: AbortSignal, log: Log): Promise<string | null> {
+  const [program, ...args] = fs.existsSync("/bin/sh") ? ["/bin/sh", "-c", command] as const : [command] as const;
+  const late = "it did not end in time";
+  try {
+    // A process group of its own, which can be ended whole.
+    const child = builtin("node:child_process").spawn(program, args, {
+      env,
+      detached: true,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    let [output, length] = ["", 0];
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding("utf8").on("data", (text: string) => {
+        if (length < MAX_OUTPUT) output += text;
+        length += text.length;
+      });
+    }
+    const ended = new Promise<string | null>((resolve) => {
+      child.on("error", (error) => resolve(errorName(error)));
+      child.on("close", (code, signal) => resolve(code === 0 ? null : signal ?? `exit ${code}`));
+    });
+    const limit = sleep(EXEC_MS, stop).then(() => stop.aborted ? sleep(EXEC_STOP_MS) : undefined).then(() => late);
+    const failure = await Promise.race([ended, limit]);
+    if (failure === late && child.pid !== undefined) {
+      process.kill(-child.pid, "SIGKILL");
+      for (const stream of [child.stdout, child.stderr]) stream.destroy(); // somebody may have left the group
+    }
+    // Cut off, the last line might end in a piece of a token.
+    const lines = Secret.redact(output).split("\n").slice(0, length > output.length ? -1 : undefined);
+    for (const line of lines.filter((line) => line.trim() !== "")) log("info", "exec", `exec: ${line.slice(0, 1000)}`);
+    if (length > output.length) log("info", "exec", `exec: and more, ${length} characters in all`);
+    return failure;
+  } catch (error) {
+    return errorName(error);
+  }
+}
+
 // ── loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 // When to look next is one pure function of what is known, the clock and a random number. Around it stands one timer for
 // all homes: short steps by the wall clock, so that neither a suspended machine nor a long interval oversleeps, and a
@@ -2133,6 +2230,8 @@ interface Watch {
 /** What the homes of a loop share. */
 interface Shared extends Pick<Context, "settings" | "stop" | "patience"> {
   readonly clock: Clock;
+  /** Called after each attempt. */
+  readonly done: (home: Home, log: Log) => void;
 }
 
 /** Plans the next look at a home, tells of it, and returns its moment. */
@@ -2179,6 +2278,7 @@ async function run(watch: Watch, shared: Shared): Promise<void> {
   watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
   if (watch.hungUp) watch.at = 0;
   watch.busy = false;
+  shared.done(home, log);
 }
 
 /**
@@ -2192,6 +2292,7 @@ export async function loop(
   stop: AbortSignal,
   onHangUp: (look: () => void) => void,
   clock: Clock = CLOCK,
+  done: (home: Home, log: Log) => void = () => {},
 ): Promise<void> {
   const idle = { busy: false, at: 0, identity: "", hungUp: false, failures: 0, rejected: null, refused: null };
   const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
@@ -2207,7 +2308,7 @@ export async function loop(
     for (const watch of watches) [watch.at, watch.hungUp] = [0, true];
     alarm.abort();
   });
-  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, clock };
+  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, clock, done };
   for (const watch of watches) look(watch, "start", shared);
 
   let [wall, up, looked] = [clock.now(), clock.uptime(), clock.uptime()];
@@ -2266,13 +2367,16 @@ const HELP = `codex_auth_refresh keeps the Codex CLI's ChatGPT login alive while
 token in auth.json before the login gets too old, and stores the answer so that it is not lost.
 
 Usage:
-  codex_auth_refresh [--listen ADDR:PORT] [CODEX_HOME ...]             watch for ever
-  codex_auth_refresh --once [--force] [CODEX_HOME ...]                 one attempt
-  codex_auth_refresh --status [--json | --verbose] [CODEX_HOME ...]    how it stands
-  codex_auth_refresh --health | --metrics [CODEX_HOME ...]             for probes and scrapers
+  codex_auth_refresh [--listen ADDR:PORT] [--exec COMMAND] [CODEX_HOME ...]    watch for ever
+  codex_auth_refresh --once [--force] [--exec COMMAND] [CODEX_HOME ...]        one attempt
+  codex_auth_refresh --status [--json | --verbose] [CODEX_HOME ...]            how it stands
+  codex_auth_refresh --health | --metrics [CODEX_HOME ...]                     for probes and scrapers
 
 Flags:
   --listen ADDR:PORT  also answer GET /healthz, /metrics and /status; PORT alone is on loopback
+  --exec COMMAND      run this by /bin/sh after a refresh and when the state changes, 60 s at most; it finds
+                      CODEX_AUTH_EVENT (refreshed, unhealthy, recovered), CODEX_HOME, CODEX_AUTH_OUTCOME,
+                      CODEX_AUTH_REASON and CODEX_AUTH_ADVICE in its environment
   --once              one attempt; the exit code tells how it ended
   --force             with --once: ask even where the token is fresh, or known to be dead
   --status            the credential, the last run, the next one, and what to do where something is wrong
@@ -2341,6 +2445,7 @@ const FLAGS = {
   help: { ...SWITCH, short: "h" },
   version: { ...SWITCH, short: "V" },
   listen: { type: "string" },
+  exec: { type: "string" },
 } as const;
 
 function parse(args: readonly string[]) {
@@ -2358,6 +2463,9 @@ function readArguments(args: readonly string[]) {
   if (parsed.force && !parsed.once) throw new UsageError("--force goes with --once");
   if ((parsed.json || parsed.verbose) && !parsed.status) throw new UsageError("--json and --verbose go with --status");
   if (parsed.json && parsed.verbose) throw new UsageError("--json and --verbose exclude each other");
+  if (parsed.exec === "") throw new UsageError("--exec: must be a command");
+  const mode = modes.find((mode) => mode !== "once");
+  if (parsed.exec !== undefined && mode !== undefined) throw new UsageError(`--exec does not go with --${mode}`);
   if (parsed.listen !== undefined && modes.length > 0) throw new UsageError(`--listen does not go with --${modes[0]}`);
   return { ...parsed, homes };
 }
@@ -2452,6 +2560,10 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   const settings = readSettings(env);
   const homes = readHomes(flags.homes, env);
   const address = flags.listen === undefined ? null : readAddress(flags.listen);
+  if (flags.exec !== undefined && ENGINE === "deno") {
+    const { state } = await Deno.permissions.request({ name: "run" });
+    if (state !== "granted") throw new UsageError("--exec needs Deno's permission to run a program: --allow-run");
+  }
   const views = () => viewAll(homes, settings, flags.verbose);
   if (flags.json) return await print(showJson(await views()));
   if (flags.status) {
@@ -2481,13 +2593,19 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     }
   };
   stopOn(...ENDING_SIGNALS);
+  const { tell, told } = teller(flags.exec ?? null, { ...env }, settings, stop);
   // What they say is in the settings; each engine would read them its own way.
   for (const name of Object.keys(env).filter((name) => /^(https?|all|no)_proxy$/i.test(name))) delete process.env[name];
   if (flags.once) {
     stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
     const context = { settings, force: flags.force, stop, patience, rejected: null, now: Date.now };
-    const results = await Promise.all(homes.map((home) => attempt(home, { ...context, log: logOf(home) })));
+    const results = await Promise.all(homes.map(async (home) => {
+      const result = await attempt(home, { ...context, log: logOf(home) });
+      tell(home, logOf(home));
+      return result;
+    }));
+    await told();
     // A login that is not in auth.json may be where we do not look.
     await Promise.all(homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").map(warn));
     return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
@@ -2500,7 +2618,8 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);
   }
-  await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look));
+  await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look), CLOCK, tell);
+  await told();
   return 0;
 }
 

@@ -991,7 +991,7 @@ const [DENO, BUN, NODE, BUNDLE, EXE] = ["DENO", "BUN", "NODE", "BUNDLE", "EXE"].
   ...string[],
 ];
 const SOURCE = join(import.meta.dirname ?? ".", "refresh.ts");
-const ALLOWED = ["--allow-read", "--allow-write", "--allow-env", "--allow-net", "--allow-sys=uid"];
+const ALLOWED = ["--allow-read", "--allow-write", "--allow-env", "--allow-net", "--allow-sys=uid", "--allow-run"];
 const FORMS: Record<string, string[]> = {
   source: [DENO, "run", "--no-prompt", ...ALLOWED, SOURCE],
   bundle: [String(BUN), String(BUNDLE)],
@@ -2056,6 +2056,86 @@ const ENDING = [
   "SIGUSR1" as const,
 ];
 
+/** A command that notes what it is told, and what it notes. */
+const NOTE =
+  'echo "$CODEX_AUTH_EVENT $CODEX_AUTH_OUTCOME $CODEX_AUTH_REASON, $CODEX_AUTH_ADVICE" >>told; env >environment';
+const told = (stage: Stage): string[] => (stage.text(join(stage.dir, "told")) ?? "").split("\n").slice(0, -1);
+const EXEC: Scenario[] = [
+  drive("the operator's command is told of a refresh and of each change, once", {}, async (stage) => {
+    await stage.once("0 refreshed", "--exec", NOTE);
+    await stage.once("1 skip", "--exec", NOTE);
+    assertEquals(told(stage), ["refreshed refreshed fresh, "]);
+    assert(stage.text(join(stage.dir, "environment"))?.includes(`CODEX_HOME=${stage.home}\n`));
+    await spend(stage, String(stage.tokens().refresh_token));
+    await stage.once("3 fail:permanent_401", "--force", "--exec", NOTE);
+    await stage.once("3 fail:permanent_401", "--force", "--exec", NOTE);
+    assertEquals(told(stage).length, 2);
+    assertMatch(told(stage)[1] ?? "", /^unhealthy fail:permanent_401 the login is dead, .*, log in again: CODEX_HOME=/);
+    fs.writeFileSync(stage.auth, authJson(stage.mock.login({ accessTokenSeconds: 10 * DAY })));
+    await stage.once("1 skip", "--exec", NOTE);
+    await stage.once("1 skip", "--exec", NOTE);
+    assertEquals(told(stage).slice(2), ["recovered skip fresh, "]);
+  }),
+  drive("what the operator's command failed at is told again, also by the loop", {}, async (stage) => {
+    const run = await stage.once("0 refreshed", "--exec", "exit 7");
+    assert(run.says("exec: event=refreshed failed (exit 7), it is told again at the next attempt"), run.stderr);
+    const loop = stage.start("--exec", `echo "it is $CODEX_AUTH_EVENT"; echo >&2; ${NOTE}`);
+    await loop.said(/^exec: event=refreshed ok$/);
+    loop.kill("SIGTERM");
+    assertEquals([await loop.ended, told(stage)], [0, ["refreshed skip fresh, "]], loop.stderr);
+    assert(loop.says(/^exec: it is refreshed$/) && loop.count(/^exec: /) === 2, loop.stderr);
+  }),
+  ...Object.entries({
+    "cannot be found": ["/nonexistent/command", /^exec: event=refreshed failed \(exit 127\)/],
+    "kills its process group": ["kill 0; sleep 9", /^exec: event=refreshed failed \(SIGTERM\)/],
+    "prints tokens": ['cat "$CODEX_HOME/auth.json"', /^exec: .*"refresh_token": "\[redacted\]"/],
+    "prints a megabyte in one line": ["head -c 1000000 /dev/zero | tr '\\0' x", /^exec: and more, 1000000 characters/],
+  }).map(([what, [command = "", says = ""]]) =>
+    ends(`a command of the operator's that ${what} costs nothing`, "0 refreshed", {
+      args: ["--once", "--exec", String(command)],
+      says: [says],
+    }, (stage, run) => assert(stage.isNewest() && run.stderr.length < 20_000))
+  ),
+  loops(
+    "a command of the operator's that hangs delays no refresh",
+    {
+      env,
+      mock: { accessTokenSeconds: 2 },
+    },
+    async (_, run) => await run.said(/^refresh: ok /, 3),
+    "--exec",
+    "sleep 99",
+  ),
+  drive("a SIGTERM ends a command that hangs, with its children, after five seconds", {}, async (stage) => {
+    const run = stage.start("--exec", "sleep 99 & echo $! >child; echo $$ >parent; wait");
+    const pids = () => ["child", "parent"].map((name) => stage.text(join(stage.dir, name))?.trim() ?? "");
+    await until("it runs", () => pids().every((pid) => pid !== ""));
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
+    assert(run.says(/^exec: event=refreshed failed \(it did not end in time\)/), run.stderr);
+    await until("both are gone", () => pids().every((pid) => !fs.existsSync(`/proc/${pid}`)));
+  }),
+  drive("of ten homes three that die at once are told of, each by its name", {}, async (stage) => {
+    const planted = Array.from({ length: 10 }, (_, index) => stage.plant(`many${index}`));
+    for (const { login } of planted.slice(0, 3)) await spend(stage, login.refresh_token);
+    const run = stage.start(
+      "--once",
+      "--exec",
+      'echo "$CODEX_AUTH_EVENT $CODEX_HOME" >>told',
+      ...planted.map(({ home }) => home),
+    );
+    assertEquals(await run.ended, 3, run.stderr);
+    const wanted = planted.map(({ home }, index) => `${index < 3 ? "unhealthy" : "refreshed"} ${home}`);
+    assertEquals(told(stage).sort(), wanted.sort());
+  }),
+  drive("Deno without leave to run a program says what it needs", { forms: ["source"] }, async (stage) => {
+    const [program = "", ...args] = FORMS.source ?? [];
+    const run = stage.spawn([program, ...args.filter((flag) => flag !== "--allow-run"), "--once", "--exec", "true"]);
+    assertEquals([await run.ended, run.lines.length, stage.mock.requests.length], [64, 1, 0], run.stderr);
+    assertMatch(run.stderr, /--exec needs Deno's permission to run a program: --allow-run/);
+  }),
+];
+
 const LOOP: Scenario[] = [
   loops("the loop refreshes again and again", { env, mock: { accessTokenSeconds: 2 } }, async (stage, run) => {
     await run.said(/^refresh: ok /, 3);
@@ -2249,7 +2329,7 @@ const HAS_SCRIPT = (() => {
     return false;
   }
 })();
-const FLAGS = ["--once", "--force", "--status", "--json", "--verbose", "--health", "--metrics", "--listen"];
+const FLAGS = ["--once", "--force", "--status", "--json", "--verbose", "--health", "--metrics", "--listen", "--exec"];
 FLAGS.push("--help", "-h", "--version", "-V");
 const VARIABLES = [
   ...BAD_VALUES.map(([name]) => name).filter((name) => name !== "HTTPS_PROXY"),
@@ -2266,6 +2346,7 @@ MISTAKES.push(["--on\nse"], ["--_"], ["-_"], ["-h5"], ["--h"], ["--no-once"], ["
 ]);
 MISTAKES.push(["--listen=[::1"], ["--listen=[::1:80"], ["--listen=host name:1"], ["--listen=::1:80"]);
 MISTAKES.push(["--listen"], ["--listen", "here"], ["--listen=1.2.3.4:65536"], ["--listen", "80", "--once"]);
+MISTAKES.push(["--exec"], ["--once", "--exec", ""], ["--health", "--exec", "true"]);
 MISTAKES.push(["--status", "--json", "--verbose"], ["--health", "--metrics"], ["--once", "--verbose"]);
 const TRAPS = {
   ".env": "CODEX_AUTH_LOG_FORMAT=evil\n",
@@ -2517,7 +2598,7 @@ const MAIN: Scenario[] = [
   ),
 ];
 
-const SCENARIOS: Scenario[] = [DECIDE, POST, APPLY, STATUS, ATTEMPT, LOOP, MAIN].flat();
+const SCENARIOS: Scenario[] = [DECIDE, POST, APPLY, STATUS, ATTEMPT, EXEC, LOOP, MAIN].flat();
 
 const ONLY = Deno.env.get("CAR_ONLY") ?? "";
 // Scenarios run side by side, so nothing can tell whose a resource is.
@@ -2539,6 +2620,6 @@ Deno.test({
         await test.step({ name, ignore, fn, ...UNWATCHED });
       }
     };
-    await Promise.all(Array.from({ length: 4 }, work));
+    await Promise.all(Array.from({ length: 6 }, work));
   },
 });
