@@ -2401,6 +2401,7 @@ Variables (one that is set to the empty string counts as unset):
   CODEX_AUTH_IN_PLACE                  1: rewrite an auth.json that cannot be renamed over (a mount
                                        point of its own, a second hard link) in place, journalled
   CODEX_AUTH_LOG_FORMAT                text or json                        text
+  NO_COLOR                             anything: no colours in --status
   With neither CODEX_HOME nor HOME the home is /home/agent/.codex.
 
 Exit codes of --once:
