@@ -2359,6 +2359,27 @@ const MAIN: Scenario[] = [
   printed("the help names every flag and every variable", ["--help"], (text) => {
     for (const word of [...FLAGS, ...VARIABLES]) assert(text.includes(word), `no ${word}`);
   }),
+  printed("the help and the README have the same flags, variables, defaults and exit codes", ["--help"], (text) => {
+    const readme = fs.readFileSync(new URL("README.md", import.meta.url), "utf8");
+    const page = /^## Settings and exit codes$([^]*?)^## /m.exec(readme)?.[1] ?? "";
+    // Of each row of the tables and of each line of the help: names, and a default.
+    const rows = page.split("\n").filter((line) => line.startsWith("| "))
+      .map((line) => line.replaceAll("`", "").split("|").map((cell) => cell.trim()))
+      .map(([, names = "", value = ""]) => [names, value]);
+    const lines = [...text.matchAll(/^ {2}(\S.*?)(?: {2,}(.*))?$/gm)]
+      .map(([, names = "", rest = ""]) => [names, / {2,}(.*)$/.exec(rest)?.[1] ?? ""]);
+    const collect = (pairs: string[][]) =>
+      pairs.flatMap(([names = "", value]) => {
+        if (/^\d+$/.test(names)) return [`exit ${names}`];
+        if (names.startsWith("-")) return names.match(/--?\w+/g) ?? [];
+        return /^[A-Za-z]+_\w+(, \w+)*$/.test(names) ? names.split(", ").map((name) => `${name}=${value}`) : [];
+      }).sort();
+    assertEquals(collect(rows), collect(lines));
+    assert(collect(rows).length >= FLAGS.length + VARIABLES.length + 5);
+    for (const said of [/\/home\/agent\/.codex/, /With several homes: .*/]) {
+      assert(page.includes(said.exec(text)?.[0] ?? "?"), String(said));
+    }
+  }),
   printed("the version names the engine", ["--version"], (text) => {
     assertMatch(text, /^codex_auth_refresh \d+\.\d+\.\d+ \((bun|deno|node) [\d.]+\)\n$/);
   }),
