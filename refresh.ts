@@ -1968,8 +1968,8 @@ async function attemptLocked(
     if (!isOurs(again)) {
       if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
       const { verdict, credential } = decide(again, now(), settings, force);
-      const torn = isTorn(again) && verdict.kind === "skip";
-      return torn ? { kind: "skipped", verdict, credential } : { kind: "superseded" };
+      const unknown = verdict.kind === "skip" && (isTorn(again) || again.kind === "unreadable");
+      return unknown ? { kind: "skipped", verdict, credential } : { kind: "superseded" };
     }
     const endpoint = settings.url.origin + settings.url.pathname;
     log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
