@@ -43,6 +43,7 @@ const uptime = () => performance.now();
 // What is tuned, and why it is what it is.
 const TRY_MS = 30 * SECOND; // a request, body included, as the reference had it
 const ALL_TRIES_MS = 60 * SECOND; // all requests of an attempt: a repeat works for a short while or not at all
+const PROBE_AFTER_MS = 5 * SECOND; // an answer that takes that long may be one that cannot come
 const MAX_ANSWER_BYTES = 1 << 20; // answers seen have six kilobytes
 const ROOM_BYTES = 128 << 10; // what the journal keeps free for one
 const MAX_FILE_BYTES = 16 << 20; // an auth.json has a few kilobytes; whatever is larger is none
@@ -568,7 +569,8 @@ export async function post(
 ): Promise<Answer> {
   const { options, close } = engineOptions({ proxy }, roots);
   const deadline = uptime() + ALL_TRIES_MS;
-  const once = () => postOnce(token, url, clientId, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
+  const once = () =>
+    postOnce(token, url, proxy ?? url, clientId, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
     for (const pause of [1 * SECOND, 4 * SECOND]) {
       const answer = await once();
@@ -588,6 +590,7 @@ export async function post(
 async function postOnce(
   token: Secret,
   url: URL,
+  hop: URL,
   clientId: string,
   options: object,
   milliseconds: number,
@@ -601,9 +604,11 @@ async function postOnce(
   // Counted in steps: a process that was frozen meanwhile first reads the answer that waits for it.
   const timeout = new AbortController();
   let [left, ticked] = [milliseconds, uptime()];
+  let probe = null as Probe | null;
   const timer = setInterval(() => {
     left -= Math.min(1000, uptime() - ticked);
     ticked = uptime();
+    if (milliseconds - left >= PROBE_AFTER_MS) probe ??= probeConnection(hop);
     if (left <= 0) timeout.abort(new DOMException("no answer in time", "TimeoutError"));
   }, 500);
   try {
@@ -627,10 +632,35 @@ async function postOnce(
     const answer = response === null ? null : judged(response);
     if (answer?.kind === "granted" || answer !== null && response?.ok === false) return answer;
     const { detail, sent } = describeFailure(error);
-    return { kind: "transient", status: 0, detail, retryAfterMs: null, lost: sent || response !== null };
+    const swallowed = timeout.signal.aborted && probe !== null && !probe.connected && response === null;
+    return {
+      kind: "transient",
+      status: 0,
+      detail: swallowed ? "no connection: nothing answers at that address" : detail,
+      retryAfterMs: null,
+      lost: response !== null || sent && !swallowed,
+    };
   } finally {
     clearInterval(timer);
+    probe?.end();
   }
+}
+
+interface Probe {
+  readonly connected: boolean;
+  end(): void;
+}
+
+/**
+ * Whether connections are taken there at all. No engine tells whether a request that timed out had one; where packets are
+ * swallowed it cannot have gone out, so that the token is not spent.
+ */
+function probeConnection({ hostname, port, protocol }: URL): Probe {
+  const host = hostname.replace(/^\[|\]$/g, "");
+  const socket = builtin("node:net").connect({ host, port: Number(port) || (protocol === "https:" ? 443 : 80) });
+  const probe = { connected: false, end: () => void socket.destroy() };
+  socket.on("connect", () => probe.connected = true).on("error", () => {});
+  return probe;
 }
 
 /** The text of an answer as it comes, up to the limit. */

@@ -350,7 +350,8 @@ test("it runs with the C library, /proc and a writable home, nothing else, as an
   for (const dir of ["proc", "home", "dev"]) await Deno.mkdir(`${root}/${dir}`);
   await Deno.rename(scene.auth, `${root}/home/auth.json`);
   await succeed(["chown", "-R", "65534:65534", `${root}/home`]);
-  const script = `cd "$1"; mount --bind . .; cd "$1"; mount --bind home home; mount -t proc proc proc; mount --bind /dev dev
+  const script =
+    `cd "$1"; mount --bind . .; cd "$1"; mount --bind home home; mount -t proc proc proc; mount --bind /dev dev
     mount -o remount,bind,ro .
     if touch x 2>/dev/null; then echo writable; exit 9; fi
     cd /; in="chroot --userspec=65534:65534 $1 /$2"; $in --once --exec /told; $in --health`;
