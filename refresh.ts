@@ -119,9 +119,7 @@ export function readSettings(env: Environment): Settings {
   const isProxy = ({ protocol }: URL) => /^https?:$/.test(protocol);
   const caName = env.CODEX_CA_CERTIFICATE ? "CODEX_CA_CERTIFICATE" : "SSL_CERT_FILE";
   const caPath = env[caName];
-  if (caPath && !(statOf(caPath)?.isFile() && isReadable(caPath))) {
-    throw bad(caName, caPath, "a PEM file with root certificates");
-  }
+  if (caPath && readText(caPath) === null) throw bad(caName, caPath, "a PEM file with root certificates");
   return {
     intervalSeconds: seconds("CODEX_AUTH_REFRESH_INTERVAL_SECONDS", 21600, 1),
     marginSeconds: seconds("CODEX_AUTH_SAFETY_MARGIN_SECONDS", 14400, 0),
@@ -180,15 +178,6 @@ function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): f
     return look(path);
   } catch {
     return null;
-  }
-}
-
-function isReadable(path: string): boolean {
-  try {
-    fs.accessSync(path, fs.constants.R_OK);
-    return true;
-  } catch {
-    return false;
   }
 }
 
@@ -396,10 +385,10 @@ export function parseTimestamp(text: string): number | null {
 
 /** The claims of a JWT, unverified; null where it is none. */
 export function claimsOf(jwt: string): JsonObject | null {
-  const [, payload, signature] = jwt.split(".");
-  if (payload === undefined || signature === undefined) return null;
+  const [, payload] = /^[^.]*\.([\w-]+)=*\./.exec(jwt) ?? [];
+  if (payload === undefined) return null;
   try {
-    const bytes = decodeBase64Url(payload.replace(/=+$/, ""));
+    const bytes = decodeBase64Url(payload);
     const claims: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
     return isObject(claims) ? claims : null;
   } catch {
@@ -671,14 +660,10 @@ async function* readBody({ body, headers }: Response): AsyncGenerator<string> {
   const [packing] = /^(?:gzip|deflate)$/.exec(headers.get("content-encoding") ?? "") ?? [];
   const packed = ENGINE === "deno" && packing !== undefined;
   const plain = packed ? body?.pipeThrough(new DecompressionStream(packing as "gzip")) : body;
-  for (const reader = plain?.getReader(); reader !== undefined;) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    yield decoder.decode(value.subarray(0, left), { stream: true });
-    left -= value.length;
-    if (left > 0) continue;
-    await reader.cancel().catch(() => {});
-    break;
+  for await (const bytes of plain ?? []) {
+    yield decoder.decode(bytes.subarray(0, left), { stream: true });
+    left -= bytes.length;
+    if (left <= 0) break; // which cancels the stream
   }
   yield decoder.decode();
 }
@@ -745,7 +730,8 @@ const FAILURES: [RegExp, string, boolean][] = [
 function describeFailure(error: unknown): { detail: string; sent: boolean } {
   type Failure = { name?: string; message?: string; code?: unknown };
   const { name, message, code, cause } = error as Failure & { cause?: Failure };
-  const text = `${name} ${code ?? cause?.code} ${message} ${cause?.message}`;
+  const words = `${name} ${code ?? cause?.code} ${message} ${cause?.message}`;
+  const text = words.replace(/https?:\S+/g, ""); // Deno names the URL, which may hold any word
   const [, detail, sent] = FAILURES.find(([pattern]) => pattern.test(text)) ?? [];
   return { detail: detail ?? tame(code ?? cause?.code) ?? tame(name) ?? "unknown error", sent: sent ?? true };
 }
@@ -761,7 +747,7 @@ function describeFailure(error: unknown): { detail: string; sent: boolean } {
 //   an answer           the token it was given for            carries the answer over, and keeps every other field
 //   an answer           nothing, or is cut off, for 5 s       stores the journal's document: the writer died
 //   an answer           the answer's token                    done before: makes sure that it is on the disk
-//   an answer           another token, or is gone             leaves it alone: somebody logged in, out or refreshed
+//   an answer           another token, or is gone for 5 s     leaves it alone: somebody logged in, out or refreshed
 
 /** Reads and classifies a file, once. */
 export function readAuth(path: string, flags = 0): Read {
@@ -793,13 +779,7 @@ function readBytes(path: string, flags = 0): Uint8Array {
     const stat = fs.fstatSync(fd);
     if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
     if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
-    // One byte more than there should be: a file that grows meanwhile is cut off, and so is torn.
-    const bytes = new Uint8Array(stat.size + 1);
-    let length = 0;
-    for (let count = -1; count !== 0 && length < bytes.length; length += count) {
-      count = fs.readSync(fd, bytes, length, bytes.length - length, length);
-    }
-    return bytes.subarray(0, length);
+    return fs.readFileSync(fd);
   } finally {
     closeQuietly(fd);
   }
@@ -809,9 +789,9 @@ function readBytes(path: string, flags = 0): Uint8Array {
  * Reads auth.json until it is whole, or the patience is at its end: older Codex CLIs truncate it and then write it, and a
  * look in between finds it empty or cut off.
  */
-async function readSettled(path: string, patience = TORN_MS): Promise<Read> {
+async function readSettled(path: string, patience = TORN_MS, unfinished = isTorn): Promise<Read> {
   let read = readAuth(path);
-  for (let times = patience / 100; times > 0 && isTorn(read); times--) {
+  for (let times = patience / 100; times > 0 && unfinished(read); times--) {
     await sleep(100);
     read = readAuth(path);
   }
@@ -1219,7 +1199,9 @@ function isOurs(path: string, { owner }: Target): boolean {
 function assertOurs(path: string, target: Target): void {
   if (fs.lstatSync(path, { throwIfNoEntry: false }) === undefined) return;
   if (!isOurs(path, target)) {
-    throw new CannotStart(`${path} has the name of a journal of this program, but is somebody else's: remove it`);
+    throw new CannotStart(
+      `${path} has the name of a journal of this program, but is another user's: if a run of this program left it, give it to auth.json's owner, else remove it`,
+    );
   }
   const read = readJournal(path);
   if (read.kind === "unreadable" && !read.torn) throw new CannotStart(`${path} cannot be read (${read.error})`);
@@ -1264,7 +1246,8 @@ async function settle(
 ): Promise<Stored> {
   const { path } = journal.target;
   for (;;) {
-    const seen = await readSettled(path, WRITER_MS);
+    // Some writers unlink what they write anew.
+    const seen = await readSettled(path, WRITER_MS, (read) => isTorn(read) || read.kind === "absent");
     if (seen.kind === "unreadable" && !seen.torn) throw new DiskError(seen.error);
     const wanted = merge(seen, answer, journal.fingerprint, Date.now());
     if (wanted === null) {
@@ -1375,16 +1358,8 @@ function errorName(error: unknown): string {
   return [code, name].find((word): word is string => typeof word === "string" && /^\w+$/.test(word)) ?? "Error";
 }
 
-function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    const done = () => {
-      clearTimeout(timer);
-      signal?.removeEventListener("abort", done);
-      resolve();
-    };
-    const timer = setTimeout(done, signal?.aborted ? 0 : milliseconds);
-    signal?.addEventListener("abort", done);
-  });
+async function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
+  await builtin("node:timers/promises").setTimeout(milliseconds, undefined, { signal }).catch(() => {}); // woken
 }
 
 // ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1821,9 +1796,13 @@ export async function attempt(
 ): Promise<Result | null> {
   const { settings, log, force, stop, now } = context;
   const target = locate(home);
-  const end = (ending: Ending | null): Result | null => {
+  const end = async (ending: Ending | null): Promise<Result | null> => {
     if (ending === null) return null;
-    const result = conclude(ending, home, target.path, log, now());
+    const read = ending.kind === "skipped" ? null : await readSettled(target.path);
+    const credential = ending.kind === "skipped"
+      ? ending.credential
+      : credentialOf(read?.kind === "whole" ? read.document : {}, now());
+    const result = conclude(ending, home, target.path, credential, log);
     record(home, result, log, now(), next);
     return result;
   };
@@ -1833,21 +1812,23 @@ export async function attempt(
     const { verdict, credential } = decide(seen, now(), settings, force);
     const blocked = seen.kind === "unreadable" && !seen.torn;
     if (blocked || findJournals(target.path).length === 0) {
-      if (verdict.kind === "skip") return end({ kind: "skipped", verdict, credential });
+      if (verdict.kind === "skip") return await end({ kind: "skipped", verdict, credential });
       const dead = knownDead(home, context, verdict.token);
-      if (dead !== null) return end(dead);
+      if (dead !== null) return await end(dead);
     }
     lock = await takeLock(target, stop);
     if (lock !== null) {
-      return end(await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null));
+      return await end(
+        await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null),
+      );
     }
     const holder = "another copy holds it, or the file system has no locks";
     const why = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
-    return stop.aborted ? null : end({ kind: "locked", why });
+    return stop.aborted ? null : await end({ kind: "locked", why });
   } catch (error) {
-    if (error instanceof NotStored) return end({ kind: "not_stored", why: error.message });
+    if (error instanceof NotStored) return await end({ kind: "not_stored", why: error.message });
     const why = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
-    return end({ kind: "cannot_start", why });
+    return await end({ kind: "cannot_start", why });
   } finally {
     // Not before the status is written: whoever waits for the lock must not send a token that it calls dead.
     lock?.release();
@@ -1864,13 +1845,10 @@ type Ending =
   | { readonly kind: "refused"; readonly answer: Exclude<Answer, { kind: "granted" }>; readonly sent: string };
 
 /** Tells the log of an ending, and what came of it. */
-function conclude(ending: Ending, home: Home, path: string, log: Log, nowMs: number): Result {
-  const result = (outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result => {
-    const read = ending.kind === "skipped" ? null : readAuth(path);
-    const document = read?.kind === "whole" ? read.document : {};
-    const credential = ending.kind === "skipped" ? ending.credential : credentialOf(document, nowMs);
-    return { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more };
-  };
+function conclude(ending: Ending, home: Home, path: string, credential: Credential, log: Log): Result {
+  const result = (outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result => (
+    { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more }
+  );
   const permanent = (status: string | number, code: string, why: string) => {
     const remedy = `An operator must ${loginAdvice(home.dir)}`;
     log("error", "permanent", `refresh: PERMANENT FAILURE (http=${status} code=${code}) — ${why}. ${remedy}`);
@@ -2510,7 +2488,7 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
   let blocks = ENGINE === "deno";
   try {
     const stat = fs.fstatSync(2);
-    blocks ||= !stat.isFile();
+    blocks = !stat.isFile();
     // A description of our own for the same pipe or terminal: it does not block, and leaves the others' as it is.
     if (!blocks || stat.isSocket()) throw new Error("needs none, or cannot have one");
     fd = fs.openSync("/proc/self/fd/2", fs.constants.O_WRONLY | fs.constants.O_NONBLOCK);
@@ -2680,7 +2658,7 @@ async function listen(
     return answer(all.some(({ state }) => state === "unhealthy") ? 503 : 200, "text/plain", showHealth(all));
   });
   await new Promise<void>((resolve, reject) => {
-    server.once("error", (error) => {
+    server.on("error", (error) => {
       const why = `--listen ${host}:${port}: ${errorName(error)}`;
       // An address that is taken, or not there yet, may be had at the next start.
       reject(why.includes("EADDR") ? new Error(why) : new UsageError(why));

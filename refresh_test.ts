@@ -1518,6 +1518,15 @@ const POST: Scenario[] = [
     detail: null,
   }),
   ends("a lost answer is asked for again", "0 refreshed", { ...grace, answers: [lost("after")], requests: 2 }, newest),
+  ends("a lost answer is asked for again whatever the endpoint is called", "0 refreshed", {
+    ...grace,
+    answers: [lost("after")],
+    requests: 2,
+    prepare: (stage) => {
+      grace.prepare(stage);
+      stage.env[URL_NAME] += "?proxy=tunnel";
+    },
+  }, newest),
   ends("an answer that broke off is asked for again, twice if need be", "0 refreshed", {
     ...grace,
     answers: [{ kind: "truncated" }, lost("before")],
@@ -1784,6 +1793,16 @@ const APPLY: Scenario[] = [
   meanwhile("a logout while the request is out stays one", "1 superseded", ({ auth }) => fs.rmSync(auth), (stage) => {
     assertEquals([stage.text(), stage.temporaries()], [null, []]);
   }),
+  meanwhile(
+    "a file that is written anew under another name while the request is out gets the answer",
+    "0 refreshed",
+    (it) => {
+      const text = it.text() ?? "";
+      fs.rmSync(it.auth);
+      setTimeout(() => fs.writeFileSync(it.auth, text), 1500);
+    },
+    newest,
+  ),
   meanwhile("a field that is written while the request is out is kept", "0 refreshed", (it) => {
     fs.writeFileSync(it.auth, (it.text() ?? "").replace('"tokens"', '"later": 1.00, "tokens"'));
   }, (stage) => assert(stage.isNewest() && stage.text()?.includes("1.00"))),
