@@ -152,13 +152,15 @@ compile-auto = if $(deno-compile); then echo "$@: compiled by $$($(DENO) -V)"; e
 	echo "$@: compiled by bun $$($(BUN) -v), for want of Deno's runtime executable: $${why\#*: }"
 
 # Of what the executables are made, the engine and the packages that deno.json names, in the form of CycloneDX: without
-# times, random numbers and the registry that the packages came from, so that it is the same wherever it is made.
+# times, random numbers and the registry that the packages came from, so that it is the same wherever it is made. Where
+# the tool's validator is not there, the tool only warns; that is not enough.
 bill-of-materials = rm -rf dist/parts && mkdir dist/parts && cd dist/parts && \
 	echo '{"name":"codex_auth_refresh","version":"$(VERSION)","license":"MIT"}' >package.json && \
 	npm install --omit=optional --omit-lockfile-registry-resolved --ignore-scripts $(npm-quietly) --save-exact bun@$(shell $(BUN) -v) \
 		$(patsubst npm:%,%,$(sort $(shell grep -o 'npm:[^/"]*' deno.json))) >npm.log && \
-	$(abspath $(CYCLONEDX)) --omit optional --output-reproducible --validate \
-		--output-file $(abspath $(RELEASE))/codex_auth_refresh.cdx.json
+	{ $(abspath $(CYCLONEDX)) --omit optional --output-reproducible --validate -vv \
+		--output-file $(abspath $(RELEASE))/codex_auth_refresh.cdx.json 2>cyclonedx.log && \
+	grep -q 'appears valid' cyclonedx.log || { cat cyclonedx.log >&2; exit 1; }; }
 
 # .tools/NAME@VERSION/NAME. Install scripts are left out where all that they do is move the executable about; that of
 # Node.js fetches it.
