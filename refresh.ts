@@ -57,6 +57,7 @@ const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within
 const EXEC_MS = 60 * SECOND; // what the operator's command may take
 const EXEC_STOP_MS = 5 * SECOND; // the same once a SIGTERM has come
 const MAX_OUTPUT = 16 << 10; // how much of what it prints goes into the log
+const HUNG_MS = 10 * SECOND; // a disk that takes longer to say whether a file is there does not answer
 const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
 
 // ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2229,6 +2230,8 @@ interface Watch {
   identity: string;
   /** Whether a SIGHUP came while an attempt was under way. */
   hungUp: boolean;
+  /** A call on its disk that has not returned yet. */
+  probe: Promise<boolean> | null;
   failures: number;
   rejected: string | null;
   /** The fingerprint of the refresh token that the endpoint has not accepted: another look at it changes no plan. */
@@ -2261,12 +2264,40 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
   if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
 }
 
+/**
+ * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and those
+ * of an attempt would stop the whole process: so another thread makes one first.
+ */
+async function answers(watch: Watch): Promise<boolean> {
+  const done = () => true;
+  watch.probe ??= fs.promises.stat(join(watch.home.dir, "auth.json")).then(done, done).finally(() =>
+    watch.probe = null
+  );
+  const late = new AbortController();
+  const answered = await Promise.race([watch.probe, sleep(HUNG_MS, late.signal).then(() => false)]);
+  late.abort();
+  return answered;
+}
+
+/** What is to be done about a home now: an attempt where it is due, else a look at whether somebody else wrote auth.json. */
+async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void> {
+  watch.busy = true;
+  if (!await answers(watch)) {
+    watch.log("error", "disk_hangs", `the disk under ${watch.home.dir} does not answer, it is left alone`);
+    watch.failures++;
+    const nothing = { expiresMs: null, lastRefreshMs: null };
+    plan(watch, { outcome: "unreadable", due: false, credential: nothing, retryAfterMs: null }, shared);
+  } else if (isDue) await run(watch, shared);
+  else if (identify(watch.home) !== watch.identity) look(watch, "changed", shared);
+  watch.busy = false;
+}
+
 /** One attempt on a home, and the plan that follows from it. */
 async function run(watch: Watch, shared: Shared): Promise<void> {
   const { home, log, rejected } = watch;
   const { settings, stop, patience, clock } = shared;
   const before = identify(home);
-  [watch.busy, watch.hungUp] = [true, false];
+  watch.hungUp = false;
   const result = await attempt(
     home,
     { settings, log, force: false, stop, patience, rejected, now: clock.now },
@@ -2285,7 +2316,6 @@ async function run(watch: Watch, shared: Shared): Promise<void> {
   // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
   watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
   if (watch.hungUp) watch.at = 0;
-  watch.busy = false;
   shared.done(home, log);
 }
 
@@ -2302,7 +2332,16 @@ export async function loop(
   clock: Clock = CLOCK,
   done: (home: Home, log: Log) => void = () => {},
 ): Promise<void> {
-  const idle = { busy: false, at: 0, identity: "", hungUp: false, failures: 0, rejected: null, refused: null };
+  const idle = {
+    busy: false,
+    at: 0,
+    identity: "",
+    hungUp: false,
+    probe: null,
+    failures: 0,
+    rejected: null,
+    refused: null,
+  };
   const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
   const running = new Set<Promise<void>>();
   let alarm = new AbortController();
@@ -2326,15 +2365,15 @@ export async function loop(
     const steps = back > SECOND || clock.uptime() - looked >= STEP_MS;
     [wall, up] = [now, clock.uptime()];
     if (steps) looked = up;
-    for (const watch of watches.filter(({ busy }) => !busy)) {
+    for (const watch of watches) {
       if (back > SECOND) setBack(watch, back, now);
-      if (steps && now < watch.at && identify(watch.home) !== watch.identity) look(watch, "changed", shared);
-      if (now < watch.at) continue;
-      const attempt = run(watch, shared).finally(() => {
-        running.delete(attempt);
-        alarm.abort();
+      if (watch.busy || now < watch.at && !steps) continue;
+      const planned = watch.at;
+      const visited = visit(watch, now >= planned, shared).finally(() => {
+        running.delete(visited);
+        if (now >= planned || watch.at !== planned) alarm.abort();
       });
-      running.add(attempt);
+      running.add(visited);
     }
     alarm = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));

@@ -273,6 +273,43 @@ scenario("a clock that is moved by a day, either way, delays nothing", async () 
   );
 });
 
+scenario("a home whose disk hangs holds up neither another home nor the end", async () => {
+  if (Deno.uid() !== 0) return console.log("disk that hangs: not tried, for want of root to strace with");
+  await using mock = await server({ accessTokenSeconds: 3 });
+  const [hung, well] = [home("hung", login(mock, 3)), home("well", login(mock, 3))] as const;
+  const often = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", CODEX_AUTH_SAFETY_MARGIN_SECONDS: "0" };
+  const dog = new Watchdog(mock, [hung, well], often);
+  await dog.says(RegExp(`${hung}\\] refresh: ok`), 20);
+  // Calls on these two paths take four minutes, like those on a mount whose server is gone.
+  const paths = [hung, join(hung, "auth.json")].flatMap((path) => ["-P", path]);
+  const flags = ["-f", "-p", `${dog.child.pid}`, ...paths, "-e", "inject=all:delay_enter=240s", "-o", "/dev/null"];
+  const strace = new Deno.Command("strace", { args: flags, stderr: "null" }).spawn();
+  await dog.says(RegExp(`the disk under ${hung} does not answer`), PROMPT);
+  await dog.says(RegExp(`${well}\\] refresh: ok`), PROMPT, dog.lines.length);
+  dog.child.kill("SIGTERM");
+  // What strace holds it keeps from the parent, and so is let go once there is nothing left of the process.
+  const state = () =>
+    /^State:\t(.)/m.exec(attempt(() => Deno.readTextFileSync(`/proc/${dog.child.pid}/status`)) ?? "")?.[1];
+  const seconds = await until("the end", PROMPT, () => state() === "Z" || state() === undefined);
+  strace.kill("SIGKILL");
+  assertEquals((await dog.child.status).code, 0);
+  await strace.status;
+  console.log(`a disk that hangs: ended ${seconds.toFixed(0)} s after a SIGTERM`);
+});
+
+scenario("a command of the operator's has a minute, and is then ended with its children", async () => {
+  await using mock = await server();
+  const [dir, pid] = [home("slow_command", login(mock, -DAY)), join(scratch, "slow_command_pid")];
+  await using dog = new Watchdog(mock, ["--exec", `sleep 999 & echo $! >${pid}; wait`, dir]);
+  const seconds = await dog.says(/exec: event=refreshed failed \(it did not end in time\)/, 70);
+  assert(seconds > 55, `${seconds} s`);
+  await until(
+    "its child is gone",
+    10,
+    () => attempt(() => Deno.statSync(`/proc/${Deno.readTextFileSync(pid).trim()}`)) === null,
+  );
+});
+
 scenario("a login that appears is noticed within a minute, in whatever state its home was waiting", async () => {
   await using mock = await server();
   const none = home("none");
