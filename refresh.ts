@@ -31,7 +31,7 @@ export const VERSION = "1.0.0";
 const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
 const fsync = (fd: number) =>
   new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
-/** For what an attempt with nothing to do does not need: an import would be loaded, and embedded, every time. */
+/** A module of the engine when it is first needed: an import would be loaded, and embedded, every time. */
 const builtin = process.getBuiltinModule;
 const versions: Readonly<Record<string, string | undefined>> = process.versions;
 const ENGINE = versions.deno !== undefined ? "deno" : versions.bun !== undefined ? "bun" : "node";
@@ -53,6 +53,7 @@ const TORN_MS = 0.5 * SECOND; // a Codex CLI that truncates and then writes is d
 const WRITER_MS = 5 * SECOND; // the same once an answer waits: a slow writer is not taken for a dead one
 const LOOK_AGAIN_MS = 3 * SECOND; // the Codex CLI may take that long to write what it got for the token that we were refused
 const LONGEST_LIFE_MS = 10 * 365 * 24 * 60 * MINUTE; // an `exp` beyond is in the wrong unit, or of a clock gone wrong
+const REMEMBERED = 128; // tokens that the last net knows
 const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within a minute
 const EXEC_MS = 60 * SECOND; // what the operator's command may take
 const EXEC_STOP_MS = 5 * SECOND; // the same once a SIGTERM has come
@@ -208,12 +209,15 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
   return [...homes.values()];
 }
 
-/** The path with symlinks resolved, as far as it exists. */
+/**
+ * The path with symlinks resolved, as far as it exists. Bun does not find what is renamed over in that very moment, so that
+ * a second look is needed.
+ */
 function realPath(path: string, again = true): string {
   try {
     return fs.realpathSync(path);
   } catch {
-    if (again && fs.existsSync(path)) return realPath(path, false); // replaced while it was looked up
+    if (again && fs.existsSync(path)) return realPath(path, false);
     return dirname(path) === path ? path : join(realPath(dirname(path)), basename(path));
   }
 }
@@ -229,7 +233,9 @@ export class Secret {
   constructor(value: string) {
     this.#value = value;
     // Anything as short as a word would garble every line.
-    if (value.length > 8) Secret.#recent = [...Secret.#recent.filter((each) => each !== value).slice(-127), value];
+    if (value.length > 8) {
+      Secret.#recent = [...Secret.#recent.filter((each) => each !== value).slice(1 - REMEMBERED), value];
+    }
   }
   /** Replaces every token that is known by now. */
   static redact(text: string): string {
@@ -473,8 +479,14 @@ export type Answer =
  * (classify_refresh_token_failure in codex-rs/login/src/auth/manager.rs), and what else the server ends logins with.
  */
 const DEAD_CODES = [
-  ...["refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated", "invalid_grant"],
-  ...["app_session_expired", "app_session_terminated", "invalid_refresh_token", "token_expired"],
+  "refresh_token_expired",
+  "refresh_token_reused",
+  "refresh_token_invalidated",
+  "invalid_grant",
+  "app_session_expired",
+  "app_session_terminated",
+  "invalid_refresh_token",
+  "token_expired",
 ];
 
 function isDead(answer: Answer): boolean {
@@ -716,8 +728,8 @@ export function parseRetryAfter(value: string | null, nowMs: number): number | n
   return Number.isNaN(date) ? null : Math.max(0, date - nowMs);
 }
 
-/** Failures of fetch in either engine's words, what they mean, and whether the request may have gone out. */
-const FAILURES: [RegExp, string, boolean][] = [
+/** Failures of fetch in the engines' words, the first that matches: what it means, and whether the request may have gone. */
+const FAILURES: [words: RegExp, detail: string, sent: boolean][] = [
   [/ECONNREFUSED|Connection refused/i, "connection refused", false],
   [/FailedToOpenSocket|ports? .*blocked/i, "no connection could be opened", false],
   [/ENOTFOUND|EAI_|dns error|failed to lookup/i, "the host name does not resolve", false],
@@ -808,11 +820,11 @@ function isSame(one: Read, other: Read): boolean {
 }
 
 /** The fingerprint of the refresh token in a file, null where there is none. */
-function tokenIn(read: Read): string | null {
-  return read.kind === "whole" ? tokenOf(read.document) : null;
+function fingerprintIn(read: Read): string | null {
+  return read.kind === "whole" ? fingerprintOf(read.document) : null;
 }
 
-function tokenOf(document: JsonObject): string | null {
+function fingerprintOf(document: JsonObject): string | null {
   const { refresh_token } = tokensOf(document);
   return refresh_token === undefined ? null : new Secret(refresh_token).fingerprint();
 }
@@ -847,6 +859,7 @@ interface Lock {
 
 const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
+// A semaphore: so many attempts at a time.
 let places = PLACES;
 const queue: (() => void)[] = [];
 const enter = () => places > 0 ? Promise.resolve(void places--) : new Promise<void>((go) => queue.push(go));
@@ -1019,7 +1032,7 @@ async function replaceFile(journal: Journal, content: string): Promise<void> {
     await syncDirectory(path);
   } catch (error) {
     try {
-      tidy(journal);
+      keepOneAnswer(journal);
     } catch {
       // For the next try.
     }
@@ -1028,8 +1041,8 @@ async function replaceFile(journal: Journal, content: string): Promise<void> {
 }
 
 /** What is left where a journal could not be replaced: one file that holds an answer, if there is one, and its room. */
-function tidy({ path, next }: Journal): void {
-  const isAnswer = (each: string) => tokenIn(readJournal(each)) !== null;
+function keepOneAnswer({ path, next }: Journal): void {
+  const isAnswer = (each: string) => fingerprintIn(readJournal(each)) !== null;
   if (isAnswer(path)) removeQuietly(next);
   else if (isAnswer(next)) fs.renameSync(next, path);
   else removeJournal({ path, next });
@@ -1056,23 +1069,27 @@ async function prove(journal: Journal, size: number, inPlace: boolean): Promise<
   const refuse = (why: string): never => {
     throw new CannotStart(`${path} ${why}`);
   };
-  const [instead, anyway] = ["Mount the directory instead of the file", "set CODEX_AUTH_IN_PLACE=1"];
   try {
     const [{ uid }, user] = [fs.statSync(path), process.getuid?.() ?? 0];
     if (![0, uid].includes(user) && !inPlace) {
       const why = `what user ${user} writes the Codex CLI could not read`;
-      refuse(`belongs to user ${uid}, and ${why}. Run as its owner, or, where you may write to it, ${anyway}`);
+      refuse(
+        `belongs to user ${uid}, and ${why}. Run as its owner, or, where you may write to it, set CODEX_AUTH_IN_PLACE=1`,
+      );
     }
     // Opening for writing, without truncating, shows what is read-only or immutable, and brings a file of an image's lower
     // layer up, so that its device is its directory's.
     fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
     const { nlink } = fs.statSync(path);
-    if (nlink === 0) refuse(`was replaced outside of this mount and has lost its name. ${instead}`);
+    if (nlink === 0) {
+      refuse("was replaced outside of this mount and has lost its name. Mount the directory instead of the file");
+    }
     if (nlink > 1 && !inPlace) {
-      refuse(`has a second hard link, which a rename would cut off. Remove that, or ${anyway}`);
+      refuse("has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1");
     }
     if (!inPlace && !isReplaceable(path)) {
-      refuse(`is a mount point of its own and cannot be renamed over. ${instead}, or ${anyway}`);
+      const instead = "Mount the directory instead of the file, or set CODEX_AUTH_IN_PLACE=1";
+      refuse(`is a mount point of its own and cannot be renamed over. ${instead}`);
     }
     if (size > MAX_FILE_BYTES) refuse(`is too large: with the answer it would have ${size} bytes`);
     await replaceFile(journal, "\n".repeat(size));
@@ -1156,10 +1173,12 @@ async function persevere(
   durable: string | null,
   { inPlace, giveUpAt, onFailure }: Perseverance,
 ): Promise<Stored> {
-  for (let [known, pause] = [durable, 250];; [known, pause] = [null, Math.min(2 * pause, 5 * SECOND)]) {
+  let known = durable;
+  for (let pause = 250;; pause = Math.min(2 * pause, 5 * SECOND)) {
     try {
       return await settle(journal, answer, known, inPlace);
     } catch (error) {
+      known = null;
       onFailure(error);
       if (uptime() >= giveUpAt()) throw new NotStored(`${describeDisk(error)}. ${whereKept(journal, answer)}`);
       await sleep(pause);
@@ -1184,7 +1203,7 @@ async function rollForward(target: Target, how: Perseverance): Promise<boolean> 
   for (const fingerprint of findJournals(target.path)) {
     const journal = journalOf(target, fingerprint);
     for (const path of [journal.path, journal.next]) assertOurs(path, target);
-    tidy(journal);
+    keepOneAnswer(journal);
     const left = readJournal(journal.path);
     if (left.kind === "whole" && await persevere(journal, left.document, null, how) === "stored") stored = true;
   }
@@ -1225,7 +1244,7 @@ async function rescue(journal: Journal, how: Perseverance): Promise<{ from: stri
     const read = readJournal(path);
     return read.kind === "whole" ? [{ path, answer: read.document }] : [];
   }).filter(({ answer }) =>
-    accountOf(answer) === accountOf(document) && ![null, fingerprint].includes(tokenOf(answer)) &&
+    accountOf(answer) === accountOf(document) && ![null, fingerprint].includes(fingerprintOf(answer)) &&
     refreshed(answer) > refreshed(document)
   );
   const [last] = left.sort((one, other) => refreshed(other.answer) - refreshed(one.answer));
@@ -1255,14 +1274,14 @@ async function settle(
       removeJournal(journal);
       return "superseded";
     }
-    if (wanted !== durable || !holds(journal.path, wanted)) {
+    if (wanted !== durable || !contains(journal.path, wanted)) {
       await replaceFile(journal, wanted);
       durable = wanted;
     }
     // From this look to the rename nothing waits.
     if (!isSame(readAuth(path), seen)) continue;
     await publish(journal, wanted, inPlace);
-    if (!holds(path, wanted)) continue; // somebody wrote at the same time
+    if (!contains(path, wanted)) continue; // somebody wrote at the same time
     removeJournal(journal);
     return "stored";
   }
@@ -1276,7 +1295,7 @@ async function settle(
 export function merge(seen: Read, answer: JsonObject, fingerprint: string, nowMs: number): string | null {
   if (isTorn(seen)) return render(answer);
   if (seen.kind !== "whole") return null;
-  const [current, given] = [tokenIn(seen), tokenOf(answer)];
+  const [current, given] = [fingerprintIn(seen), fingerprintOf(answer)];
   if (current === fingerprint) {
     const refreshed = (document: JsonObject) => credentialOf(document, nowMs).lastRefreshMs ?? 0;
     if (given === fingerprint && refreshed(seen.document) > refreshed(answer)) return null;
@@ -1295,7 +1314,7 @@ function render(document: JsonObject): string {
 }
 
 /** Whether a file holds this text, to the letter. */
-function holds(path: string, text: string): boolean {
+function contains(path: string, text: string): boolean {
   const read = readJournal(path);
   return read.kind === "whole" && read.text === text;
 }
@@ -1971,7 +1990,7 @@ async function attemptLocked(
   let answer: Answer | null = null;
   try {
     // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-    const isOurs = (now: Read) => lock.holds() && tokenIn(now) === sent;
+    const isOurs = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
     const again = await readSettled(target.path);
     if (stop.aborted) return null;
     if (!isOurs(again)) {
@@ -2012,7 +2031,7 @@ async function attemptLocked(
 async function movesOn(path: string, sent: string): Promise<boolean> {
   for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
     const now = await readSettled(path);
-    if (now.kind === "absent" || now.kind === "whole" && tokenIn(now) !== sent) return true;
+    if (now.kind === "absent" || now.kind === "whole" && fingerprintIn(now) !== sent) return true;
   }
   return false;
 }
@@ -2235,7 +2254,7 @@ interface Watch {
   failures: number;
   rejected: string | null;
   /** The fingerprint of the refresh token that the endpoint has not accepted: another look at it changes no plan. */
-  refused: string | null;
+  askedInVain: string | null;
 }
 
 /** What the homes of a loop share. */
@@ -2259,7 +2278,7 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
   const { path } = locate(watch.home);
   const { verdict, credential } = decide(readAuth(path), shared.clock.now(), shared.settings);
   const due = verdict.kind === "refresh" && !hasJournals(path);
-  if (due && outcome === "changed" && watch.refused === verdict.token.fingerprint()) return;
+  if (due && outcome === "changed" && watch.askedInVain === verdict.token.fingerprint()) return;
   const at = plan(watch, { outcome, due, credential, retryAfterMs: null }, shared);
   if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
 }
@@ -2308,7 +2327,7 @@ async function run(watch: Watch, shared: Shared): Promise<void> {
       const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
       watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
       watch.rejected = result.rejected;
-      watch.refused = asked ? credential.refreshToken?.fingerprint() ?? null : null;
+      watch.askedInVain = asked ? credential.refreshToken?.fingerprint() ?? null : null;
       const outcome = unreadable ? "unreadable" : result.outcome;
       return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" }, shared);
     },
@@ -2340,7 +2359,7 @@ export async function loop(
     probe: null,
     failures: 0,
     rejected: null,
-    refused: null,
+    askedInVain: null,
   };
   const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
   const running = new Set<Promise<void>>();
@@ -2361,13 +2380,14 @@ export async function loop(
   let [wall, up, looked] = [clock.now(), clock.uptime(), clock.uptime()];
   while (!stop.aborted) {
     const now = clock.now();
-    const back = clock.uptime() - up - (now - wall);
-    const steps = back > SECOND || clock.uptime() - looked >= STEP_MS;
+    const setBackBy = clock.uptime() - up - (now - wall); // what the wall clock lags behind the time that has passed
+    const wasSetBack = setBackBy > SECOND;
+    const isStep = wasSetBack || clock.uptime() - looked >= STEP_MS;
     [wall, up] = [now, clock.uptime()];
-    if (steps) looked = up;
+    if (isStep) looked = up;
     for (const watch of watches) {
-      if (back > SECOND) setBack(watch, back, now);
-      if (watch.busy || now < watch.at && !steps) continue;
+      if (wasSetBack) setBack(watch, setBackBy, now);
+      if (watch.busy || now < watch.at && !isStep) continue;
       const planned = watch.at;
       const visited = visit(watch, now >= planned, shared).finally(() => {
         running.delete(visited);
@@ -2378,7 +2398,7 @@ export async function loop(
     alarm = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
     await clock.sleep(Math.max(0, Math.min(looked + STEP_MS - clock.uptime(), next - clock.now())), alarm.signal);
-    await clock.sleep(0); // whatever wakes us, signals come first
+    await clock.sleep(0); // the alarm wakes us within the tick, before a signal that has come is taken
   }
   await Promise.all(running);
 }
