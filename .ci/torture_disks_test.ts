@@ -1,523 +1,198 @@
 /**
- * What the executable makes of disks that are full or broken, of writers that were cut off, and of
- * input that nobody should have to read; and whether a token ever shows where it must not. `CAR_EXE`
- * is its absolute path. Needs root, strace and the right to mount.
- *
- * Everything happens in scratch folders of its own, against mock servers in this process. A server
- * answers when the test lets it: what a test does `meanwhile` happens after the request has arrived
- * and before its answer leaves, which is where a login is at stake.
+ * What the executable makes of disks that are full or broken, of mounts that refuse, of writers that were cut off, and of
+ * what somebody else put beside auth.json; and whether a token ever shows where it must not.
  *
  * @module
  */
 import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
-import { Buffer } from "node:buffer";
-import { createHash } from "node:crypto";
-import { DatabaseSync } from "node:sqlite";
-import { authJson, type Behaviour, jwt, type MockServer, startMockServer, type Tokens } from "../mock_server.ts";
-import { attempt, readSettings } from "../refresh.ts";
+import { authJson, type Behaviour } from "../mock_server.ts";
+import {
+  ALL_AT_ONCE,
+  callsOf,
+  type Case,
+  cases,
+  DOCUMENTED,
+  IN_PLACE,
+  inode,
+  leakIn,
+  pause,
+  piecesOf,
+  REMAINS,
+  Scene,
+  statOf,
+  type Step,
+  strace,
+  table,
+  textOf,
+  tokenIn,
+  UNPRIVILEGED,
+  until,
+} from "./scene.ts";
 
-const LIMIT_MS = 100_000; // for any process and any condition
-const NOBODY = 65534;
-const UNPRIVILEGED = ["setpriv", `--reuid=${NOBODY}`, `--regid=${NOBODY}`, "--clear-groups", "--"];
-const IN_PLACE = { CODEX_AUTH_IN_PLACE: "1" };
+const rows = <T, Row>(from: Record<string, T>, row: (value: T) => Row): Record<string, Row> =>
+  Object.fromEntries(Object.entries(from).map(([what, value]) => [what, row(value)]));
 
-// A copy that an unprivileged user can start wherever the original lies.
-const exe = `${Deno.makeTempDirSync({ prefix: "torture_exe_" })}/codex_auth_refresh`;
-Deno.copyFileSync(Deno.env.get("CAR_EXE") ?? "dist/codex_auth_refresh", exe);
-for (const path of [exe, exe.replace(/\/[^/]*$/, "")]) Deno.chmodSync(path, 0o755);
-globalThis.addEventListener("unload", () => Deno.removeSync(exe.replace(/\/[^/]*$/, ""), { recursive: true }));
+const byNobody = () => UNPRIVILEGED;
+const NOBODYS = "chown -R 65534:65534 home";
 
-// Tools ---------------------------------------------------------------------
-
-/** Runs a shell command to its end; the arguments are $1, $2 … */
-function sh(command: string, ...args: string[]): string {
-  const { success, stdout, stderr } = new Deno.Command("sh", { args: ["-c", command, "sh", ...args] }).outputSync();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  if (!success) throw new Error(`${command} [${args}]: ${text(stderr)}`);
-  return text(stdout);
-}
-
-const pause = (milliseconds: number) => new Promise<void>((resolve) => setTimeout(resolve, milliseconds));
-
-async function until(condition: () => boolean, what: string) {
-  for (const end = Date.now() + LIMIT_MS; !condition();) {
-    if (Date.now() > end) throw new Error(`never: ${what}`);
-    await pause(10);
-  }
-}
-
-/** The same where nothing else may happen in between. */
-function block(condition: () => boolean, what: string) {
-  const clock = new Int32Array(new SharedArrayBuffer(4));
-  for (const end = Date.now() + LIMIT_MS; !condition();) {
-    if (Date.now() > end) throw new Error(`never: ${what}`);
-    Atomics.wait(clock, 0, 0, 5);
-  }
-}
-
-/** Checks all cases at once; a failure names its case. */
-async function each<T>(cases: readonly T[], check: (value: T) => Promise<void>, name = JSON.stringify) {
-  const results = await Promise.allSettled(cases.map(check));
-  results.forEach((result, index) => {
-    if (result.status === "rejected") throw new Error(`case ${name(cases[index])}`, { cause: result.reason });
-  });
-}
-
-const textOf = (path: string) => Deno.readTextFileSync(path);
-const journalsIn = (folder: string) =>
-  [...Deno.readDirSync(folder)].map(({ name }) => name).filter((name) => /^\.auth\.json\./.test(name));
-const inode = (path: string) => {
-  try {
-    return Deno.lstatSync(path).ino;
-  } catch {
-    return null;
-  }
+/** What cannot be renamed over, for CODEX_AUTH_IN_PLACE; disk/auth.json is the same file. */
+const PINNED = {
+  "a mount point from another file system": "disk disk; mount --bind disk/auth.json home/auth.json",
+  "a file with a second hard link": "mkdir disk; ln home/auth.json disk",
 };
 
-interface Ended {
-  code: number;
-  signal: string | null;
-  said: string;
-  printed: string;
-}
+const modeOf = (path: string) => {
+  const { uid, mode } = Deno.statSync(path);
+  return `${uid} ${((mode ?? 0) & 0o777).toString(8)}`;
+};
 
-interface Running {
-  pid: number;
-  kill(signal: Deno.Signal): void;
-  ended: Promise<Ended>;
-}
+// What is found beside auth.json --------------------------------------------------------------------------------------
 
-/** One login, nine days old and expired, in a home of its own, and the server that issued it. */
-class Scene implements AsyncDisposable {
-  readonly root = Deno.makeTempDirSync({ prefix: "torture_" });
-  readonly home = `${this.root}/home`;
-  readonly auth = `${this.home}/auth.json`;
-  readonly old: Tokens;
-  /** auth.json as it was. Its number must come out as it went in. */
-  readonly text: string;
-  readonly #undo: (() => void)[] = [];
-  #failure: unknown;
+/** A journal with the answer for the token in auth.json, as a run left it that was killed. */
+const leftBehind = async (scene: Scene) => scene.write(await scene.redeem(), scene.journal());
 
-  private constructor(readonly mock: MockServer) {
-    this.old = mock.login({ accessTokenSeconds: -3600 });
-    this.text = authJson(this.old, new Date(Date.now() - 9 * 86_400_000)).replace("{", '{"kept":1.0e2,');
-    Deno.chmodSync(this.root, 0o755);
-    Deno.mkdirSync(this.home, { mode: 0o755 });
-    this.write();
-  }
+const afterwards = (command: string) => async (scene: Scene) => {
+  await leftBehind(scene);
+  scene.sh(command);
+};
 
-  static async open(): Promise<Scene> {
-    return new Scene(await startMockServer());
-  }
-
-  async [Symbol.asyncDispose]() {
-    for (const step of this.#undo.reverse()) step();
-    await this.mock.close();
-    Deno.removeSync(this.root, { recursive: true });
-  }
-
-  /** What has to be taken back, whatever happens. */
-  undo(command: string, ...args: string[]) {
-    this.#undo.push(() => sh(command, ...args));
-  }
-
-  write(path = this.auth, text = this.text) {
-    Deno.writeTextFileSync(path, text, { mode: 0o600 });
-  }
-
-  mount(...args: string[]) {
-    sh('mount "$@"', ...args);
-    this.undo('umount "$1"', args.at(-1)!);
-  }
-
-  /** A small file system in a folder of this scene, the home as a rule. */
-  tmpfs(folder = this.home, options = "size=1m") {
-    Deno.mkdirSync(folder, { recursive: true });
-    this.mount("-t", "tmpfs", "-o", options, "none", folder);
-    Deno.chmodSync(folder, 0o755);
-    this.write(`${folder}/auth.json`);
-  }
-
-  immutable(path: string) {
-    sh('chattr +i "$1"', path);
-    this.undo('chattr -i "$1"', path);
-  }
-
-  /** The journal, by the refresh token that its answer is for. */
-  journal(token = this.old.refresh_token): string {
-    const fingerprint = createHash("sha256").update(token).digest("hex").slice(0, 16);
-    return `${this.home}/.auth.json.${fingerprint}.tmp`;
-  }
-
-  /** It, and what is about to replace it. */
-  get candidates(): string[] {
-    return [this.journal(), `${this.journal()}.new`];
-  }
-
-  /** What an earlier run left when it was killed with the answer written: the token is spent. */
-  async redeem(): Promise<Tokens> {
-    const { client_id, grant_type } = { client_id: "x", grant_type: "refresh_token" };
-    const body = JSON.stringify({ client_id, grant_type, refresh_token: this.old.refresh_token });
-    const answer = await fetch(this.mock.url, { method: "POST", body });
-    this.mock.requests.pop();
-    return await answer.json();
-  }
-
-  /** Happens between the request and its answer. */
-  meanwhile(action: () => void) {
-    this.mock.onRequest = () => {
-      this.mock.onRequest = undefined;
-      try {
-        action();
-      } catch (error) {
-        this.#failure = error;
-      }
-    };
-  }
-
-  start(args: string[], env: Record<string, string> = {}, under: string[] = []): Running {
-    const [program = "", ...rest] = [...under, exe, ...args];
-    const { PATH = "" } = Deno.env.toObject();
-    const variables = { PATH, CODEX_HOME: this.home, CODEX_REFRESH_TOKEN_URL_OVERRIDE: this.mock.url, ...env };
-    const streams = { stdin: "null", stdout: "piped", stderr: "piped" } as const;
-    const child = new Deno.Command(program, { args: rest, clearEnv: true, env: variables, ...streams }).spawn();
-    const limit = setTimeout(() => child.kill("SIGKILL"), LIMIT_MS);
-    const ended = child.output().then(({ code, signal, stdout, stderr }): Ended => {
-      clearTimeout(limit);
-      if (this.#failure) throw this.#failure;
-      const [printed, said] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
-      return { code, signal, said: said ?? "", printed: printed ?? "" };
-    });
-    ended.catch(() => {}); // whoever waits for it is told
-    return { pid: child.pid, kill: (signal) => child.kill(signal), ended };
-  }
-
-  once(env: Record<string, string> = {}, under: string[] = []): Promise<Ended> {
-    return this.start(["--once"], env, under).ended;
-  }
-
-  /** The outcome and detail in the status file, or "" where there is none. */
-  get status(): string {
-    try {
-      const { watchdog_last_outcome, detail } = JSON.parse(textOf(`${this.home}/auth_refresh_status.json`));
-      return `${watchdog_last_outcome} ${detail}`;
-    } catch {
-      return "";
-    }
-  }
-
-  get journals(): string[] {
-    return journalsIn(this.home);
-  }
-
-  /** The one that there is in the middle of an attempt. */
-  pending(folder = this.home): string {
-    const [name, another] = journalsIn(folder);
-    if (name === undefined || another !== undefined) throw new Error(`not one journal in ${folder}`);
-    return `${folder}/${name}`;
-  }
-
-  /** The newest tokens, every other field, nothing left beside it. */
-  assertRefreshed(said: string, path = this.auth) {
-    const text = textOf(path);
-    assertEquals(JSON.parse(text).tokens.refresh_token, this.mock.newest(this.old.refresh_token), said);
-    assertEquals(this.mock.state(this.old.refresh_token), "spent", said);
-    assertMatch(text, /"kept": ?1\.0e2/, said);
-    assertEquals(this.journals, [], said);
-  }
-
-  /** No request, auth.json as it was, nothing left beside it. */
-  assertUntouched(said: string, text = this.text) {
-    assertEquals(this.mock.requests.length, 0, said);
-    assertEquals(textOf(this.auth), text, said);
-    assertEquals(this.journals, [], said);
-  }
-}
-
-/** strace, which injects one fault into the calls that touch one of these paths, from the start of a process on … */
-const strace = (paths: string[], ...inject: string[]) => [
-  ...["strace", "-f", "-o", "/dev/null", ...inject],
-  ...paths.flatMap((path) => ["-P", path]),
-];
-
-/** … or from now on. */
-function attach({ pid }: Running, log: string, ...args: string[]) {
-  const options = { stdin: "null", stdout: "null", stderr: "null" } as const;
-  const tracer = new Deno.Command("strace", { args: ["-f", "-o", log, ...args, "-p", `${pid}`], ...options }).spawn();
-  const traced = ({ name }: Deno.DirEntry) =>
-    textOf(`/proc/${pid}/task/${name}/status`).includes(`TracerPid:\t${tracer.pid}\n`);
-  block(() => [...Deno.readDirSync(`/proc/${pid}/task`)].every(traced), "strace is attached");
-  return tracer.status;
-}
-
-/** Fills a file system to the last block. */
-const fill = (folder: string) => sh('cat /dev/zero >"$1" 2>&- || true', `${folder}/fill`);
-
-/** Log lines and nothing else: no stack trace, nothing that JavaScript prints of itself. */
-const DOCUMENTED =
-  /^((\[codex_auth_refresh [-\dT:]+Z\]|codex_auth_refresh:) (?!.*(undefined|\[object|NaN| {4}at ))\P{Cc}+\n)*$/u;
-
-// Cut-off writers -----------------------------------------------------------
-
-/** What is left of a document whose writer died: nothing, a part, or blocks that were never written. */
-const REMAINS = [
-  "",
-  "{",
-  authJson({ id_token: "", access_token: "", refresh_token: "x" }).slice(0, 99),
-  "\n\n",
-  "\0\0",
-];
-
-Deno.test("an auth.json whose writer died is left alone, and nothing is asked", async () => {
-  await each(REMAINS, async (torn) => {
-    await using scene = await Scene.open();
-    scene.write(scene.auth, torn);
-    const { code, said } = await scene.once();
-    assertEquals(code, 1, said);
-    assertMatch(scene.status, torn ? /^skip unreadable:\w+Error$/ : /^skip:no_auth_json/);
-    scene.assertUntouched(said, torn);
-  });
-});
-
-Deno.test("a journal replaces an auth.json whose writer died, without a request", async () => {
-  await each(REMAINS, async (torn) => {
-    await using scene = await Scene.open();
-    const fresh = await scene.redeem();
-    scene.write(scene.journal(), scene.text.replace(scene.old.refresh_token, fresh.refresh_token));
-    scene.write(scene.auth, torn);
-    const { code, said } = await scene.once();
-    assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 0], said);
-    scene.assertRefreshed(said);
-  });
-});
-
-Deno.test("a journal carries its tokens over into an auth.json that changed elsewhere", async () => {
-  await using scene = await Scene.open();
-  const fresh = await scene.redeem();
-  scene.write(scene.journal(), scene.text.replace(scene.old.refresh_token, fresh.refresh_token));
-  scene.write(scene.auth, scene.text.replace("{", '{"added":2,'));
-  const { code, said } = await scene.once();
-  assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 0], said);
-  scene.assertRefreshed(said);
-  assertEquals(JSON.parse(textOf(scene.auth)).added, 2);
-});
-
-Deno.test("a journal that is torn, foreign or without its auth.json is removed", async (t) => {
-  const whole = (scene: Scene) => scene.text.replace(scene.old.refresh_token, "rt_of_another_login");
-  const cases: Record<string, (scene: Scene) => void> = {
-    "empty": (scene) => scene.write(scene.journal(), ""),
-    "the reserved room": (scene) => scene.write(scene.journal(), "\n".repeat(1 << 17)),
-    "torn": (scene) => scene.write(scene.journal(), whole(scene).slice(0, 700)),
-    "another login's": (scene) => scene.write(scene.journal("another"), whole(scene)),
-    "after a logout": (scene) => {
-      scene.write(scene.journal(), whole(scene));
-      Deno.removeSync(scene.auth);
+cases(
+  "a journal is rolled forward whatever link or owner of ours it has",
+  rows({
+    "a second hard link": 'ln "$journal" second',
+    "root's, auth.json somebody else's": `${NOBODYS}; chown 0:0 "$journal"`,
+    "of auth.json's owner, who is not root": NOBODYS,
+  }, (command): Case => ({
+    arrange: afterwards(command),
+    ends: "rolled forward",
+    then({ home, auth }, said) {
+      assertEquals(modeOf(auth), `${Deno.statSync(home).uid} 600`, said);
+      assertEquals(Deno.statSync(auth).nlink, 1, said);
     },
-  };
-  for (const [name, arrange] of Object.entries(cases)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      arrange(scene);
-      const loggedOut = inode(scene.auth) === null;
-      const { code, said } = await scene.once();
-      assertEquals(code, loggedOut ? 1 : 0, said);
-      assertEquals(scene.journals, [], said);
-      if (loggedOut) assertEquals(inode(scene.auth), null, said);
-      else scene.assertRefreshed(said);
-    });
-  }
-});
+  })),
+);
 
-Deno.test("a journal that is torn, or its torn replacement, does not hide the whole one", async () => {
-  for (const [torn, whole] of [["", ".new"], [".new", ""]]) {
-    await using scene = await Scene.open();
-    const fresh = await scene.redeem();
-    scene.write(scene.journal() + torn, "{");
-    scene.write(scene.journal() + whole, scene.text.replace(scene.old.refresh_token, fresh.refresh_token));
-    const { code, said } = await scene.once();
-    assertEquals([code, scene.mock.requests.length], [0, 0], said);
-    scene.assertRefreshed(said);
-  }
-});
-
-/** A journal, as we write it, with the answer for the token in auth.json, which is spent. */
-async function leftBehind(scene: Scene, path = scene.journal()): Promise<string> {
-  const fresh = await scene.redeem();
-  scene.write(path, authJson(fresh).replace("{", '{\n  "kept": 1.0e2,').trimEnd());
-  return path;
-}
-
-Deno.test("a journal is rolled forward whatever link or owner of ours it has", async (t) => {
-  const cases: Record<string, (scene: Scene, path: string) => void> = {
-    "a second hard link": (scene, path) => Deno.linkSync(path, `${scene.root}/second`),
-    "root's, auth.json somebody else's": (scene) => nobody(scene.home, scene.auth),
-    "of auth.json's owner, who is not root": (scene, path) => nobody(scene.home, scene.auth, path),
-  };
-  for (const [name, arrange] of Object.entries(cases)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      arrange(scene, await leftBehind(scene));
-      const { code, said } = await scene.once();
-      assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 0], said);
-      scene.assertRefreshed(said);
-      const { uid, mode, nlink } = Deno.statSync(scene.auth);
-      assertEquals([uid, (mode ?? 0) & 0o777, nlink], [Deno.statSync(scene.home).uid, 0o600, 1], said);
-    });
-  }
-});
-
-/** Neither root nor whoever owns auth.json. */
-const STRANGER = 4321;
-
-/** What lies in a journal's place and is none of ours: `make` puts it there instead of the journal. */
-const FOREIGN: Record<string, (path: string, scene: Scene) => void> = {
-  "a stranger's": (path) => Deno.chownSync(path, STRANGER, STRANGER),
-  "a stranger's, half replaced"(path) {
-    Deno.renameSync(path, `${path}.new`);
-    Deno.chownSync(`${path}.new`, STRANGER, STRANGER);
-  },
-  "a stranger's, for another token"(path, scene) {
-    Deno.renameSync(path, scene.journal("another"));
-    Deno.chownSync(scene.journal("another"), STRANGER, STRANGER);
-  },
-  "a symlink"(path, scene) {
-    Deno.renameSync(path, `${scene.root}/outside`);
-    Deno.symlinkSync("../outside", path);
-  },
-  "a pipe"(path) {
-    Deno.removeSync(path);
-    sh('mkfifo "$1"', path);
-  },
-  "a folder"(path) {
-    Deno.removeSync(path);
-    Deno.mkdirSync(path);
-  },
-};
-
-Deno.test("what is no journal of ours is neither read nor deleted, and named", async (t) => {
-  for (const [name, make] of Object.entries(FOREIGN)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      make(await leftBehind(scene), scene);
-      const path = scene.pending();
-      const before = inode(path);
-      const log = `${scene.root}/trace`;
-      const { code, said } = await scene.once({}, [
-        "strace",
-        "-f",
-        "-o",
-        log,
-        "-P",
-        path,
-        "-P",
-        `${scene.root}/outside`,
-      ]);
-      assertEquals([code, scene.mock.requests.length], [2, 0], said);
-      assertMatch(scene.status, /^fail:preflight /);
-      assert(said.includes(path), said);
-      assertEquals([textOf(scene.auth), inode(scene.pending())], [scene.text, before], said);
-      assertEquals(callsOf(textOf(log)).filter((call) => /^(open|read|p?read)/.test(call)), []);
-    });
-  }
-});
-
-// The sync of an earlier run may have failed: what it lost only a new file brings back, not a further sync.
-Deno.test("a journal of an earlier run is written anew, and stays until that is done", async () => {
+table("what is no journal of ours is neither read nor deleted, and named", {
+  "a stranger's": 'chown 4321 "$journal"',
+  "a stranger's, half replaced": 'mv "$journal" "$journal.new"; chown 4321 "$journal.new"',
+  "a stranger's, for another token": 'mv "$journal" "$another"; chown 4321 "$another"',
+  "a symlink": 'mv "$journal" outside; ln -s ../outside "$journal"',
+  "a pipe": 'rm "$journal"; mkfifo "$journal"',
+  "a folder": 'rm "$journal"; mkdir "$journal"',
+}, async (command) => {
   await using scene = await Scene.open();
-  const path = await leftBehind(scene);
-  const log = `${scene.root}/trace`;
-  const { code, said } = await scene.once({}, ["strace", "-f", "-y", "-o", log, "-P", path, "-P", `${path}.new`]);
+  await scene.do(afterwards(command));
+  const path = scene.pending();
+  const before = inode(path);
+  const watch = ["strace", "-f", "-o", scene.trace, "-P", path, "-P", `${scene.root}/outside`];
+  const { code, said } = await scene.once({}, watch);
+  assertEquals([code, scene.asked], [2, []], said);
+  assertMatch(scene.status, /^fail:preflight /);
+  assert(said.includes(path), said);
+  scene.assertTheirs(said);
+  assertEquals(inode(scene.pending()), before, said);
+  assertEquals(callsOf(textOf(scene.trace)).filter(({ name }) => /^(open|p?read)/.test(name)), []);
+});
+
+Deno.test("what an earlier run wrote is not taken for durable: a fresh file of it is synced, and then takes its place", async () => {
+  await using scene = await Scene.open();
+  const path = scene.journal();
+  await leftBehind(scene);
+  const before = inode(path);
+  const { code, said } = await scene.once({}, ["strace", "-f", "-y", "-o", scene.trace]);
   assertEquals(code, 0, said);
-  const done = callsOf(textOf(log)).filter((call) => /^(p?write|f(data)?sync|rename|unlink)\w*\(.* = [^-]/.test(call));
-  const steps = done.map((call) => {
-    const files = call.matchAll(/auth\.json(?:\.\w+\.tmp)?(\.new)?(?=[">])/g);
-    const names = [...files].map(([file, next]) => next ? "new" : file === "auth.json" ? file : "journal");
-    return [/^p?[a-z]+/.exec(call), ...names].join(" ");
-  });
-  assertEquals(steps, ["pwrite new", "fsync new", "rename new journal", "rename journal auth.json"], said);
-  scene.assertRefreshed(said);
-});
-
-// The first run is killed where it renames the journal onto auth.json, each later one there or where it replaces the journal.
-Deno.test("killed at its rename again and again it piles nothing up, and stores the answer in the end", async () => {
-  await each(["auth.json is as it was", "auth.json changes each time"], async (how) => {
-    await using scene = await Scene.open();
-    const changes = how.includes("changes");
-    for (let round = 0; round < 12; round++) {
-      if (changes) scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", `{"during":0,`)));
-      const paths = round % 2 === 0 ? [scene.journal()] : [`${scene.journal()}.new`];
-      const { signal, said } = await scene.once({}, strace(paths, "-e", "inject=/^rename:signal=KILL"));
-      assertEquals([signal, scene.mock.requests.length], ["SIGKILL", 1], said);
-      const { length } = scene.journals;
-      assertEquals(length, round % 2 === 0 ? 1 : 2, `${length} journals after round ${round}`);
-      if (changes) scene.write(scene.auth, scene.text.replace("{", `{"round":${round},`));
-    }
-    const { code, said } = await scene.once();
-    assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], said);
-    scene.assertRefreshed(said);
-    if (changes) assertEquals(JSON.parse(textOf(scene.auth)).round, 11, said);
-  });
-});
-
-Deno.test("what is no file in the place of auth.json is neither waited for nor touched", async (t) => {
-  const cases: Record<string, string> = {
-    "a folder": 'mkdir "$1"',
-    "a pipe": 'mkfifo "$1"',
-    "an endless device": 'ln -s /dev/zero "$1"',
-    "a link to itself": 'ln -s auth.json "$1"',
-    "a link to nowhere": 'ln -s nowhere/else "$1"',
+  scene.assertRefreshed(said, []);
+  const calls = callsOf(textOf(scene.trace));
+  const find = (call: RegExp, ...paths: string[]) => {
+    const at = calls.findIndex(({ text }) => call.test(text) && paths.every((each) => text.includes(each)));
+    assert(at >= 0, `no ${call} of ${paths}`);
+    return at;
   };
-  for (const [name, command] of Object.entries(cases)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      Deno.removeSync(scene.auth);
-      sh(command, scene.auth);
-      const before = inode(scene.auth);
-      const { code, said } = await scene.once();
-      assertEquals([code, scene.mock.requests.length, inode(scene.auth)], [1, 0, before], said);
-      assertMatch(scene.status, /^skip(:no_auth_json)? (unreadable:E\w+|no_auth_json)$/);
-    });
+  const renamed = find(/^rename/, `"${path}"`);
+  const [, fresh = ""] = /"(.*?)"/.exec(calls[renamed]!.text) ?? [];
+  const [written, synced] = [find(/^p?write/, `<${fresh}>`), find(/^f(data)?sync/, `<${fresh}>`)];
+  assert(written < synced && synced < renamed && renamed < find(/^rename/, `"${path}"`, `"${scene.auth}"`), said);
+  const touched = calls.slice(0, renamed).filter(({ text }) =>
+    text.includes(`"${path}"`) || text.includes(`<${path}>`)
+  );
+  const changes = /^(unlink|rename|p?write|ftruncate|truncate)|O_(WRONLY|RDWR|TRUNC)/;
+  assertEquals(touched.filter(({ text }) => changes.test(text)), [], "it stays as it is until then");
+  assert(inode(scene.auth) !== before, said);
+});
+
+// The first run is killed where it renames the answer onto auth.json, each later one there or at its first rename.
+table("killed at a rename again and again it piles nothing up, and stores the answer in the end", {
+  "auth.json is as it was": false,
+  "auth.json changes each time": true,
+}, async (changes) => {
+  await using scene = await Scene.open();
+  for (let round = 0; round < 12; round++) {
+    if (changes) scene.meanwhile((scene) => scene.write(scene.withField("during")));
+    const at = round % 2 === 0 ? [scene.journal()] : [];
+    const { signal, said } = await scene.once({}, strace(scene, "/^rename:signal=KILL", ...at));
+    assertEquals([signal, scene.asked], ["SIGKILL", ["redeemed"]], said);
+    assert(scene.journals().length <= 2, `${scene.journals()} after round ${round}`);
+    if (changes) scene.write(scene.withField(`round_${round}`));
+  }
+  const ended = await scene.once();
+  scene.assertEnded("rolled forward", ended, ["redeemed"]);
+  if (changes) assertEquals(JSON.parse(textOf(scene.auth)).round_11, [1, "kept"], ended.said);
+});
+
+// What is found in the place of auth.json -----------------------------------------------------------------------------
+
+cases("what is no file in the place of auth.json is neither waited for nor touched", {
+  ...rows({
+    "a folder": "rm home/auth.json; mkdir home/auth.json",
+    "a pipe": "rm home/auth.json; mkfifo home/auth.json",
+    "an endless device": "ln -sf /dev/zero home/auth.json",
+    "a link to itself": "ln -sf auth.json home/auth.json",
+    "a link to nowhere": "ln -sf nowhere/else home/auth.json",
+  }, (arrange): Case => ({
+    arrange,
+    ends: "nothing to do",
+    then: ({ status }) => assertMatch(status, /^skip(:no_auth_json)? (unreadable:E\w+|no_auth_json)$/),
+  })),
+  "a file that only others may read": {
+    arrange: "chown 65534:65534 home",
+    under: byNobody,
+    ends: "nothing to do",
+    then: ({ status }) => assertEquals(status, "skip unreadable:EACCES"),
+  },
+});
+
+table("a home that cannot be one, or cannot be entered, is a line and no crash", {
+  "a link to itself": "loop",
+  "in a folder that cannot be entered": "locked/home",
+  "a file": "home/auth.json",
+  "in a file": "home/auth.json/x",
+  "too long a name": "x".repeat(300),
+  "nowhere": "nowhere",
+}, async (home) => {
+  await using scene = await Scene.open();
+  scene.sh("ln -s loop loop; mkdir -p locked/home; chmod 700 locked");
+  for (const mode of ["--once", "--status"]) {
+    const { code, said } = await scene.start([mode, `${scene.root}/${home}`], {}, UNPRIVILEGED).ended;
+    assertMatch(said, DOCUMENTED);
+    assert([0, 1, 2, 64].includes(code), said);
   }
 });
 
-Deno.test("a home that cannot be one, or cannot be entered, is a line and no crash", async () => {
-  await using scene = await Scene.open();
-  Deno.symlinkSync("loop", `${scene.root}/loop`);
-  Deno.mkdirSync(`${scene.root}/locked/home`, { recursive: true });
-  Deno.chmodSync(`${scene.root}/locked`, 0o700);
-  const homes = ["loop", "locked/home", "home/auth.json", "home/auth.json/x", "x".repeat(300), "nowhere"];
-  for (const args of [["--once"], ["--status"]]) {
-    await each(homes, async (home) => {
-      const { code, said } = await scene.start([...args, `${scene.root}/${home}`], {}, UNPRIVILEGED).ended;
-      assertMatch(said, DOCUMENTED);
-      assert([0, 1, 2, 64].includes(code), said);
-    });
-  }
+cases("an auth.json that is reached in two ways is one", {
+  "a home that is named twice, once through a symlink": {
+    arrange: "ln -s home link",
+    homes: ({ home, root }) => [home, `${root}/link`, `${root}/link/../home/`],
+    ends: "refreshed",
+    then: (_, said) => assertEquals(said.trim().split("\n").length, 2, said),
+  },
+  "two homes, one with a symlink to the other's": {
+    arrange: "mkdir other; ln -s ../home/auth.json other",
+    homes: ({ home, root }) => [home, `${root}/other`],
+    ends: "refreshed",
+  },
 });
 
-Deno.test("a writer that dies while the answer is on its way does not take it along", async () => {
-  await each(REMAINS, async (torn) => {
-    await using scene = await Scene.open();
-    scene.meanwhile(() => scene.write(scene.auth, torn));
-    const { code, said } = await scene.once();
-    assertEquals(code, 0, said);
-    scene.assertRefreshed(said);
-  });
-});
-
-Deno.test("a writer that is only slow while the answer is on its way keeps its login", async () => {
-  await using scene = await Scene.open();
-  const other = authJson(scene.mock.login());
-  let done = Promise.resolve();
-  scene.meanwhile(() => {
-    scene.write(scene.auth, "");
-    done = pause(150).then(() => scene.write(scene.auth, other));
-  });
-  const { code, said } = await scene.once();
-  await done;
-  assertEquals([code, scene.status.split(" ")[0], textOf(scene.auth)], [1, "superseded", other], said);
-  assertEquals(scene.journals, [], said);
-});
+// Writers while the answer is on its way ------------------------------------------------------------------------------
 
 /** How somebody takes a second and a half to write another login into auth.json, which they have truncated. */
 const SLOW: Record<string, (file: Deno.FsFile, text: string) => Promise<void>> = {
@@ -533,715 +208,487 @@ const SLOW: Record<string, (file: Deno.FsFile, text: string) => Promise<void>> =
   },
 };
 
-Deno.test("a writer that is slower than we wait before the store keeps its login too", async () => {
-  const pins = { "under a rename": () => {}, "in place": PINNED["a second hard link"]! };
-  const cases = Object.entries(pins).flatMap(([where, pin]) =>
-    Object.entries(SLOW).map(([how, write]) => ({ where, pin, how, write }))
-  );
-  await each(cases, async ({ pin, write }) => {
-    await using scene = await Scene.open();
-    pin(scene);
-    const other = authJson({ ...scene.mock.login(), id_token: "", access_token: "" }).trimEnd();
-    let done: Promise<void> | null = null;
-    scene.meanwhile(() => {
+const slowRows = Object.entries({ ...PINNED, "a file": ":" }).flatMap(([where, arrange]) =>
+  Object.entries(SLOW).map(([how, write]): [string, Case] => [`one that is slow: ${how}, into ${where}`, {
+    arrange,
+    meanwhile(scene) {
+      const other = authJson({ ...scene.mock.login(), id_token: "", access_token: "" }).trimEnd();
       const file = Deno.openSync(scene.auth, { write: true, truncate: true });
-      done = write(file, other).finally(() => file.close());
-    });
-    const { code, said } = await scene.once(IN_PLACE);
-    assert(done !== null, said);
-    await done;
-    assertEquals([code, scene.status.split(" ")[0], textOf(scene.auth)], [1, "superseded", other], said);
-    assertEquals(scene.journals, [], said);
-  }, ({ where, how }) => `${where}, ${how}`);
-});
+      const done = write(file, other).then(() => scene.theirs = other);
+      scene.later(done.finally(() => file.close()));
+    },
+    env: IN_PLACE,
+    ends: "superseded",
+  }])
+);
 
-// A short write cannot be injected honestly: strace can return a smaller number, but not write that much. A limit on
-// the size of files makes the kernel itself take a part, and then nothing until it is lifted.
-Deno.test("an answer of which the disk takes only a part is written again until it is whole", async () => {
-  await using scene = await Scene.open();
-  let first = "";
-  let before: number | null = null;
-  const running = scene.start(["--once"], {}, ["sh", "-c", 'trap "" XFSZ; exec "$@"', "sh"]);
-  scene.meanwhile(() => {
-    first = scene.pending();
-    before = inode(first);
-    sh('prlimit --pid "$1" --fsize=300:unlimited', `${running.pid}`);
-  });
-  await until(() => before !== null && inode(first) !== before, "the first try has failed");
-  assertEquals(textOf(scene.auth), scene.text);
-  sh('prlimit --pid "$1" --fsize=unlimited:unlimited', `${running.pid}`);
-  const { code, said } = await running.ended;
-  assertEquals(code, 0, said);
-  scene.assertRefreshed(said);
-});
+cases("a writer that dies while the answer is on its way does not take it along, one that is slow keeps its login", {
+  ...rows(REMAINS, (torn): Case => ({ meanwhile: (scene) => scene.write(torn), ends: "refreshed" })),
+  "one that is done before the store": {
+    meanwhile(scene) {
+      const other = scene.otherLogin();
+      scene.write("");
+      scene.later(pause(150).then(() => scene.write(other)));
+    },
+    ends: "superseded",
+  },
+  ...Object.fromEntries(slowRows),
+}, ALL_AT_ONCE);
 
-Deno.test("after a failed fsync the answer is written again, to a fresh file", async () => {
-  await using scene = await Scene.open();
-  const log = `${scene.root}/trace`;
-  const running = scene.start(["--once"]);
-  let traced: Promise<unknown> = Promise.resolve();
-  scene.meanwhile(() => {
-    const faults = ["-e", "inject=fsync,fdatasync:error=EIO", "-P", scene.pending()];
-    traced = attach(running, log, ...faults);
-  });
-  const { code, said } = await running.ended;
-  await traced;
-  const { length } = textOf(log).match(/f(data)?sync\(.*INJECTED|sync resumed.*INJECTED/g) ?? [];
-  assertEquals([code, length], [0, 1], said);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("after a failed fsync an auth.json that is rewritten in place is written again", async () => {
-  await using scene = await Scene.open();
-  PINNED["a second hard link"]!(scene);
-  const log = `${scene.root}/trace`;
-  const running = scene.start(["--once"], IN_PLACE);
-  let traced: Promise<unknown> = Promise.resolve();
-  scene.meanwhile(() => {
-    traced = attach(running, log, "-e", "inject=fsync,fdatasync:error=EIO:when=1", "-P", scene.auth);
-  });
-  const { code, said } = await running.ended;
-  await traced;
-  const calls = callsOf(textOf(log)).flatMap((call) => /^(ftruncate|p?write|f(?:data)?sync)/.exec(call)?.[1] ?? []);
-  const copied = "ftruncate p?write (ftruncate )?f(data)?sync";
-  assertMatch(calls.join(" "), new RegExp(`^${copied}( ${copied})+$`), textOf(log));
-  assertEquals(code, 0, said);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("a journal that is removed or replaced by hand is made again", async () => {
-  for (const impostor of [null, "{}", "not JSON"]) {
-    await using scene = await Scene.open();
-    scene.meanwhile(() => {
-      const path = scene.pending();
-      Deno.removeSync(path);
-      if (impostor !== null) scene.write(path, impostor);
-    });
-    const { code, said } = await scene.once();
-    assertEquals(code, 0, said);
-    assertEquals(JSON.parse(textOf(scene.auth)).tokens.refresh_token, scene.mock.newest(scene.old.refresh_token));
-    assert(scene.journals.length <= (impostor === null ? 0 : 1), said);
-  }
-});
-
-Deno.test("a log pipe that is closed or full in the middle of an attempt does not stop it", async (t) => {
-  const cases: Record<string, string> = {
-    "closed": 'exec "$@" 2>"$FIFO"',
-    "full": 'exec 3<>"$FIFO"; exec "$@" 2>&3 3>&-',
-  };
-  for (const [name, start] of Object.entries(cases)) {
-    for (const args of [["--once"], []]) {
-      await t.step(`${name}, ${args[0] ?? "the loop"}`, async () => {
-        await using scene = await Scene.open();
-        const fifo = `${scene.root}/log`;
-        sh('mkfifo "$1"', fifo);
-        const reader = name === "closed" ? Deno.openSync(fifo, { read: true, write: true }) : null;
-        const running = scene.start(args, { FIFO: fifo }, ["sh", "-c", start, "sh"]);
-        scene.meanwhile(() => {
-          if (reader !== null) reader.close();
-          else sh('dd if=/dev/zero of="$1" bs=4k count=99 oflag=nonblock 2>&- || true', fifo);
-        });
-        if (args.length === 0) {
-          await until(() => scene.status.startsWith("refreshed"), "the loop has refreshed");
-          running.kill("SIGTERM");
-        }
-        const { code } = await running.ended;
-        assertEquals(code, 0);
-        scene.assertRefreshed(scene.status);
-      });
-    }
-  }
-});
-
-Deno.test("a home that is named twice, once through a symlink, is one", async () => {
-  await using scene = await Scene.open();
-  Deno.symlinkSync("home", `${scene.root}/link`);
-  const names = [scene.home, `${scene.root}/link`, `${scene.root}/link/../home/`];
-  const { code, said } = await scene.start(["--once", ...names]).ended;
-  assertEquals([code, scene.mock.requests.length, said.trim().split("\n").length], [0, 1, 2], said);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("two homes whose auth.json is one file take turns on it", async () => {
-  await using scene = await Scene.open();
-  const other = `${scene.root}/other`;
-  Deno.mkdirSync(other);
-  Deno.symlinkSync("../home/auth.json", `${other}/auth.json`);
-  const { code, said } = await scene.start(["--once", scene.home, other]).ended;
-  assertEquals([code, scene.mock.requests.length], [0, 1], said);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("a home that waits for its lock does not hold up another one's answer", async () => {
-  await using scene = await Scene.open();
-  const free = `${scene.root}/free`;
-  const tokens = scene.mock.login({ accessTokenSeconds: -3600 });
-  Deno.mkdirSync(free);
-  scene.write(`${free}/auth.json`, authJson(tokens));
-  const lock = new DatabaseSync(`${scene.home}/auth_refresh.lock`);
-  lock.exec("BEGIN EXCLUSIVE");
-  const running = scene.start(["--once", scene.home, free]);
-  const stored = () => JSON.parse(textOf(`${free}/auth.json`)).tokens.refresh_token;
-  await until(() => stored() !== tokens.refresh_token, "the free one has its answer");
-  assertEquals([stored(), textOf(scene.auth)], [scene.mock.newest(tokens.refresh_token), scene.text]);
-  lock.close();
-  const { code, said } = await running.ended;
-  assertEquals(code, 0, said);
-  scene.assertRefreshed(said);
-});
-
-// Full and broken disks -----------------------------------------------------
-
-/** Where an answer could not be stored: how it comes about, what the message says, who runs into it. */
-interface Refused {
-  because: RegExp;
-  arrange(scene: Scene): void;
-  under?: (scene: Scene) => string[];
-}
+// The disk fails after the request ------------------------------------------------------------------------------------
 
 /** So many numbers, 100 levels deep: compact, each takes two bytes; indented, over two hundred. */
-const nested = (count: number) => "[".repeat(100) + Array(count).fill(1) + "]".repeat(100);
+const nested = (count: number) => `{"deep":${"[".repeat(100) + Array(count).fill(1) + "]".repeat(100)},`;
 
-const nobody = (...paths: string[]) => paths.forEach((path) => Deno.chownSync(path, NOBODY, NOBODY));
+/** Ends what keeps an answer from being stored, once there was a try. */
+function endAfter(scene: Scene, tried: () => boolean, end: Step) {
+  const ending = until(tried, "the first try has failed").then(() => {
+    scene.assertTheirs(scene.running.stderr());
+    return scene.do(end);
+  });
+  scene.later(ending);
+}
 
-const REFUSED: Record<string, Refused> = {
-  "a disk that is full to the last block": {
-    because: /full/,
-    arrange(scene) {
-      scene.tmpfs();
-      fill(scene.home);
-    },
+/** An answer larger than any room that is reserved for it comes when the disk is full; then there is room again. */
+const large: Case = {
+  arrange(scene) {
+    scene.sh("disk home");
+    scene.mock.next({ kind: "fields", fields: { access_token: "a".repeat(300_000) } });
   },
-  "a disk with two blocks left": {
-    because: /full/,
-    arrange(scene) {
-      scene.tmpfs();
-      scene.write(`${scene.home}/spare`, "x".repeat(8192));
-      fill(scene.home);
-      Deno.removeSync(`${scene.home}/spare`);
-    },
+  meanwhile(scene) {
+    scene.sh("fill home");
+    endAfter(scene, () => scene.status.startsWith("fail:store the disk is full"), "rm home/fill");
   },
-  "a disk that has no room for another file": {
-    because: /full/,
-    arrange(scene) {
-      scene.tmpfs(scene.home, "size=1m,nr_inodes=8");
-      sh('cd "$1"; touch 1 2 3 4 5 6 7 8 2>&- || true', scene.home);
-    },
-  },
-  "a disk quota that is used up, as the file system tells when it has to write": {
-    because: /quota/,
-    arrange() {},
-    under: (scene) => strace(scene.candidates, "-e", "inject=fsync,fdatasync:error=EDQUOT"),
-  },
-  "a disk that cannot write the file": {
-    because: /I\/O error/,
-    arrange() {},
-    under: (scene) => strace(scene.candidates, "-e", "inject=fsync,fdatasync:error=EIO"),
-  },
-  "a disk that cannot write the directory": {
-    because: /I\/O error/,
-    arrange() {},
-    under: (scene) => strace([scene.home], "-e", "inject=fsync,fdatasync:error=EIO"),
-  },
-  "a read-only disk": {
-    because: /read-only/,
-    arrange(scene) {
-      scene.tmpfs();
-      sh('mount -o remount,ro "$1"', scene.home);
-    },
-  },
-  "a directory without write permission": {
-    because: /permission/,
-    arrange: (scene) => nobody(scene.auth),
-    under: () => UNPRIVILEGED,
-  },
-  "a file without write permission": {
-    because: /permission/,
-    arrange(scene) {
-      nobody(scene.home, scene.auth);
-      Deno.chmodSync(scene.auth, 0o400);
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "a file of somebody else, though all may write to it": {
-    because: /belongs to user 0/,
-    arrange(scene) {
-      nobody(scene.home);
-      Deno.chmodSync(scene.auth, 0o666);
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "a file of somebody else that all may read": {
-    because: /belongs to user 0|permission/,
-    arrange(scene) {
-      nobody(scene.home);
-      Deno.chmodSync(scene.auth, 0o644);
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "a lock of somebody else": {
-    because: /auth_refresh\.lock|permission/,
-    arrange(scene) {
-      nobody(scene.home, scene.auth);
-      scene.write(`${scene.home}/auth_refresh.lock`, "");
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "a lock of our own that may only be read": {
-    because: /auth_refresh\.lock cannot be locked/,
-    arrange(scene) {
-      scene.write(`${scene.home}/auth_refresh.lock`, "");
-      Deno.chmodSync(`${scene.home}/auth_refresh.lock`, 0o444);
-      nobody(scene.home, scene.auth, `${scene.home}/auth_refresh.lock`);
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "a lock of somebody else that all may read": {
-    because: /auth_refresh\.lock cannot be locked: no permission, it is user 0's/,
-    arrange(scene) {
-      nobody(scene.home, scene.auth);
-      scene.write(`${scene.home}/auth_refresh.lock`, "");
-      Deno.chmodSync(`${scene.home}/auth_refresh.lock`, 0o644);
-    },
-    under: () => UNPRIVILEGED,
-  },
-  "an immutable lock": {
-    because: /auth_refresh\.lock cannot be locked/,
-    arrange(scene) {
-      scene.write(`${scene.home}/auth_refresh.lock`, "");
-      scene.immutable(`${scene.home}/auth_refresh.lock`);
-    },
-  },
-  "a folder in the lock's place": {
-    because: /auth_refresh\.lock/,
-    arrange: (scene) => Deno.mkdirSync(`${scene.home}/auth_refresh.lock`),
-  },
-  "an immutable file": {
-    because: /immutable/,
-    arrange: (scene) => scene.immutable(scene.auth),
-  },
-  "an immutable directory": {
-    because: /immutable/,
-    arrange: (scene) => scene.immutable(scene.home),
-  },
-  "a file that would pass the limit once it is indented": {
-    because: /too large/,
-    arrange: (scene) => scene.write(scene.auth, scene.text.replace("{", `{"deep":${nested(90_000)},`)),
-  },
-  "a mount point from another file system": {
-    because: /mount point.*Mount the directory.*CODEX_AUTH_IN_PLACE=1/,
-    arrange(scene) {
-      scene.tmpfs(`${scene.root}/disk`);
-      scene.mount("--bind", `${scene.root}/disk/auth.json`, scene.auth);
-    },
-  },
-  "a read-only mount point from the same file system": {
-    because: /read-only/,
-    arrange(scene) {
-      scene.write(`${scene.root}/outside`);
-      scene.mount("--bind", `${scene.root}/outside`, scene.auth);
-      sh('mount -o remount,bind,ro "$1"', scene.auth);
-    },
-  },
-  "a mount point whose file was replaced outside": {
-    because: /replaced outside.*Mount the directory/,
-    arrange(scene) {
-      const outside = `${scene.root}/outside`;
-      scene.write(outside);
-      scene.mount("--bind", outside, scene.auth);
-      scene.write(`${outside}.new`);
-      Deno.renameSync(`${outside}.new`, outside);
-    },
-  },
-  "a second hard link": {
-    because: /hard link.*CODEX_AUTH_IN_PLACE=1/,
-    arrange: (scene) => Deno.linkSync(scene.auth, `${scene.root}/second`),
-  },
-  "a symlink onto a disk that is full": {
-    because: /full/,
-    arrange(scene) {
-      scene.tmpfs(`${scene.root}/disk`);
-      fill(`${scene.root}/disk`);
-      Deno.removeSync(scene.auth);
-      Deno.symlinkSync("../disk/auth.json", scene.auth);
-    },
-  },
+  ends: "refreshed",
 };
 
-Deno.test("no token is spent where its answer cannot be stored, and the message names the cause", async (t) => {
-  for (const [name, { because, arrange, under }] of Object.entries(REFUSED)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      arrange(scene);
-      const before = textOf(scene.auth);
-      const { code, said } = await scene.once({}, under?.(scene));
-      assertEquals(code, 2, said);
-      const [line = ""] = said.match(/.*not started.*/) ?? [];
-      assertMatch(line, because);
-      if (scene.status) assertMatch(scene.status, /^fail:preflight /);
-      scene.assertUntouched(said, before);
-    });
-  }
-});
-
-Deno.test("in an append-only directory, where nothing can be renamed, no token is spent", async () => {
-  await using scene = await Scene.open();
-  sh('chattr +a "$1"', scene.home);
-  scene.undo('chattr -a "$1"', scene.home);
-  const { code, said } = await scene.once();
-  assertEquals([code, scene.mock.requests.length, textOf(scene.auth)], [2, 0, scene.text], said);
-  assertMatch(said, /not started.*not permitted/);
-  // What was tried there could not be removed. It is as soon as that is possible.
-  sh('chattr -a "$1"', scene.home);
-  const next = await scene.once();
-  assertEquals(next.code, 0, next.said);
-  scene.assertRefreshed(next.said);
-});
-
-Deno.test("a file that only others may read is no login of ours", async () => {
-  await using scene = await Scene.open();
-  nobody(scene.home);
-  const { code, said } = await scene.once({}, UNPRIVILEGED);
-  assertEquals([code, scene.status], [1, "skip unreadable:EACCES"], said);
-  scene.assertUntouched(said);
-});
-
-Deno.test("a full disk leaves the loop waiting, and it goes on as soon as there is room", async () => {
-  await using scene = await Scene.open();
-  scene.tmpfs();
-  fill(scene.home);
-  const log = `${scene.root}/log`;
-  const env = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", LOG: log };
-  const running = scene.start([], env, ["sh", "-c", 'exec "$@" 2>"$LOG"', "sh"]);
-  await until(() => inode(log) !== null && /not started.*full/.test(textOf(log)), "the loop has said so");
-  assertEquals(scene.mock.requests.length, 0);
-  Deno.removeSync(`${scene.home}/fill`);
-  await until(() => scene.status.startsWith("refreshed"), "the loop has refreshed");
-  running.kill("SIGTERM");
-  const { code } = await running.ended;
-  assertEquals(code, 0, textOf(log));
-  scene.assertRefreshed(textOf(log));
-});
-
-Deno.test("an auth.json that is a symlink stays one, and everything is kept beside the real one", async () => {
-  await using scene = await Scene.open();
-  scene.tmpfs(`${scene.root}/disk`);
-  Deno.removeSync(scene.auth);
-  Deno.symlinkSync("../disk/auth.json", scene.auth);
-  let there = false;
-  scene.meanwhile(() => there = inode(scene.pending(`${scene.root}/disk`)) !== null);
-  const { code, said } = await scene.once();
-  assertEquals([code, there, Deno.readLinkSync(scene.auth)], [0, true, "../disk/auth.json"], said);
-  assert(inode(`${scene.root}/disk/auth_refresh.lock`) !== null && inode(`${scene.home}/auth_refresh.lock`) === null);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("a mount point that cannot be seen beforehand is rewritten in place", async () => {
-  await using scene = await Scene.open();
-  scene.write(`${scene.root}/outside`);
-  scene.mount("--bind", `${scene.root}/outside`, scene.auth);
-  const before = inode(scene.auth);
-  const { code, said } = await scene.once();
-  assertEquals([code, inode(scene.auth)], [0, before], said);
-  scene.assertRefreshed(said);
-});
-
-/** What cannot be renamed over, for CODEX_AUTH_IN_PLACE: each gives the file's other path. */
-const PINNED: Record<string, (scene: Scene) => string> = {
-  "a mount point from another file system"(scene) {
-    scene.tmpfs(`${scene.root}/disk`);
-    scene.mount("--bind", `${scene.root}/disk/auth.json`, scene.auth);
-    return `${scene.root}/disk/auth.json`;
-  },
-  "a second hard link"(scene) {
-    Deno.linkSync(scene.auth, `${scene.root}/second`);
-    return `${scene.root}/second`;
-  },
-};
-
-Deno.test("with CODEX_AUTH_IN_PLACE=1 it is rewritten in place, and the journal removed", async (t) => {
-  for (const [name, pin] of Object.entries(PINNED)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      const other = pin(scene);
-      const before = inode(scene.auth);
-      const { code, said } = await scene.once(IN_PLACE);
-      assertEquals([code, inode(scene.auth), inode(other)], [0, before, before], said);
-      scene.assertRefreshed(said);
-      scene.assertRefreshed(said, other);
-    });
-  }
-});
-
-Deno.test("with CODEX_AUTH_IN_PLACE=1 a file of somebody else that we may write keeps its owner and mode", async () => {
-  await using scene = await Scene.open();
-  nobody(scene.home);
-  Deno.chmodSync(scene.auth, 0o666);
-  const { ino, uid, mode } = Deno.statSync(scene.auth);
-  const { code, said } = await scene.once(IN_PLACE, UNPRIVILEGED);
-  const now = Deno.statSync(scene.auth);
-  assertEquals([code, now.ino, now.uid, now.mode], [0, ino, uid, mode], said);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("CODEX_AUTH_IN_PLACE=1 changes nothing for a file that can be replaced", async () => {
-  await using scene = await Scene.open();
-  const before = inode(scene.auth);
-  const { code, said } = await scene.once(IN_PLACE);
-  assertEquals(code, 0, said);
-  assert(inode(scene.auth) !== before);
-  scene.assertRefreshed(said);
-});
-
-// Each call that changes auth.json happens once, in the rewrite; `lost` is what the disk then had of it.
-Deno.test("a rewrite in place that is killed halfway is finished by the next start", async () => {
-  const whole = (text: string) => text;
-  const moments: [calls: string, lost: (text: string) => string][] = [
-    ["ftruncate", whole],
-    ["write,pwrite64", whole],
-    ["fsync,fdatasync", whole],
-    ["fsync,fdatasync", (text) => text.slice(0, text.length / 2)],
-    ["unlink,unlinkat", whole],
-  ];
-  const cases = Object.values(PINNED).flatMap((pin) => moments.map(([calls, lost]) => ({ pin, calls, lost })));
-  await each(cases, async ({ pin, calls, lost }) => {
-    await using scene = await Scene.open();
-    const other = pin(scene);
-    const running = scene.start(["--once"], IN_PLACE);
-    let traced: Promise<unknown> = Promise.resolve();
-    scene.meanwhile(() => {
-      const path = calls.startsWith("unlink") ? scene.pending() : scene.auth;
-      traced = attach(running, "/dev/null", "-e", `inject=${calls}:signal=KILL`, "-P", path);
-    });
-    const killed = await running.ended;
-    await traced;
-    assertEquals([killed.signal, scene.mock.requests.length], ["SIGKILL", 1], killed.said);
-    // Cut off, it must not look whole: else the next start would believe it and remove the journal.
-    if (calls.includes("write")) assertThrows(() => JSON.parse(textOf(scene.auth)), SyntaxError);
-    scene.write(scene.auth, lost(textOf(scene.auth)));
-    const { code, said } = await scene.once(IN_PLACE);
-    assertEquals([code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], said);
-    scene.assertRefreshed(said);
-    scene.assertRefreshed(said, other);
-  }, ({ pin, calls }) => `${pin.name}, ${calls}`);
-});
-
-Deno.test("the reserved room holds the answer when the disk fills up before it arrives", async () => {
-  await using scene = await Scene.open();
-  scene.tmpfs();
-  scene.meanwhile(() => fill(scene.home));
-  const { code, said } = await scene.once();
-  assertEquals(code, 0, said);
-  assertMatch(said, /refresh: ok/);
-  scene.assertRefreshed(said);
-});
-
-Deno.test("the reserved room holds a document that grows a lot when it is indented", async () => {
-  await using scene = await Scene.open();
-  scene.tmpfs(scene.home, "size=2m");
-  scene.write(scene.auth, scene.text.replace("{", `{"deep":${nested(3000)},`));
-  scene.meanwhile(() => fill(scene.home));
-  const { code, said } = await scene.once();
-  assertEquals(code, 0, said);
-  scene.assertRefreshed(said);
-  assert(Deno.statSync(scene.auth).size > 500_000, "it has grown");
-});
-
-Deno.test("nothing of the reserved room is left in auth.json", async (t) => {
-  const ROOM = "\n".repeat(1 << 17);
-  const cases: Record<string, (scene: Scene) => Promise<unknown>> = {
-    "after a refresh": () => Promise.resolve(),
-    "after another field came meanwhile": (scene) =>
-      Promise.resolve(scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", '{"theirs":1,')))),
-    "after a kill between the answer and the cut, and a writer that died": async (scene) => {
-      const path = await leftBehind(scene);
-      scene.write(path, textOf(path) + ROOM);
-      scene.write(scene.auth, "");
+cases("an answer that the disk does not take at once is written again, and not lost", {
+  // A short write cannot be injected honestly: strace can return a smaller number, but not write that much. A limit on
+  // the size of files makes the kernel itself take a part, and then nothing until it is lifted.
+  "of which it takes only a part": {
+    under: () => ["sh", "-c", 'trap "" XFSZ; exec "$@"', "sh"],
+    meanwhile(scene) {
+      const first = scene.pending();
+      const before = inode(first);
+      scene.sh('prlimit --pid "$pid" --fsize=300:unlimited');
+      endAfter(scene, () => inode(first) !== before, 'prlimit --pid "$pid" --fsize=unlimited:unlimited');
     },
+    ends: "refreshed",
+  },
+  "to a fresh file, after a failed fsync": {
+    meanwhile: (scene) => scene.attach("inject=fsync,fdatasync:error=EIO", scene.pending()),
+    ends: "refreshed",
+    then: ({ trace }, said) => assertEquals(textOf(trace).match(/sync.*INJECTED/g)?.length, 1, said),
+  },
+  "to an auth.json that is rewritten in place, after a failed fsync": {
+    arrange: PINNED["a file with a second hard link"],
+    meanwhile: (scene) => scene.attach("inject=fsync,fdatasync:error=EIO:when=1", scene.auth),
+    env: IN_PLACE,
+    ends: "refreshed",
+    then({ trace }) {
+      const calls = callsOf(textOf(trace)).filter(({ name }) => /^(ftruncate|p?write|f(data)?sync)/.test(name));
+      const copied = "ftruncate p?write(64)? (ftruncate )?f(data)?sync";
+      assertMatch(calls.map(({ name }) => name).join(" "), new RegExp(`^${copied}( ${copied})+$`), textOf(trace));
+    },
+  },
+  "whose rename fails ten times": {
+    meanwhile: (scene) => scene.write(scene.withField("theirs")),
+    under: (scene) => strace(scene, "/^rename:error=EIO:when=1..10", scene.journal()),
+    ends: "refreshed",
+    then({ auth, trace }) {
+      assertEquals(JSON.parse(textOf(auth)).theirs, [1, "kept"]);
+      assertEquals(textOf(trace).match(/INJECTED/g)?.length, 10);
+    },
+  },
+  "larger than the room, when the disk is full": large,
+  "larger than the room, when the disk is full, the loop": { ...large, loop: true },
+}, ALL_AT_ONCE);
+
+cases("the reserved room holds the answer when the disk fills up before it arrives", {
+  "an ordinary document": { arrange: "disk home", meanwhile: "fill home", says: /refresh: ok/, ends: "refreshed" },
+  "one that grows a lot when it is indented": {
+    arrange(scene) {
+      scene.sh("disk home size=2m");
+      scene.write(scene.text.replace("{", nested(3000)));
+    },
+    meanwhile: "fill home",
+    ends: "refreshed",
+    then: ({ auth }) => assert(Deno.statSync(auth).size > 500_000, "it has grown"),
+  },
+});
+
+table("a journal that is removed or replaced by hand is made again", {
+  "removed": null,
+  "replaced by a document": "{}",
+  "replaced by something else": "not JSON",
+}, async (impostor) => {
+  await using scene = await Scene.open();
+  scene.meanwhile(() => {
+    const path = scene.pending();
+    Deno.removeSync(path);
+    if (impostor !== null) scene.write(impostor, path);
+  });
+  const { code, said } = await scene.once();
+  assertEquals(code, 0, said);
+  assertEquals(tokenIn(textOf(scene.auth)), scene.newest, said);
+  assert(scene.journals().length <= (impostor === null ? 0 : 1), said);
+});
+
+/** A log that goes into a pipe, of which something becomes between the request and its answer. */
+const logTo = (start: string, meanwhile: (reader: Deno.FsFile, scene: Scene) => void): Case => {
+  const readers = new Map<Scene, Deno.FsFile>();
+  return {
+    arrange(scene) {
+      scene.sh("mkfifo log");
+      readers.set(scene, Deno.openSync(`${scene.root}/log`, { read: true, write: true }));
+    },
+    meanwhile: (scene) => meanwhile(readers.get(scene)!, scene),
+    under: ({ root }) => ["sh", "-c", `log="${root}/log"; ${start}`, "sh"],
+    ends: "refreshed",
   };
-  for (const [name, arrange] of Object.entries(cases)) {
-    await t.step(name, async () => {
-      await using scene = await Scene.open();
-      await arrange(scene);
-      const { code, said } = await scene.once();
-      assertEquals(code, 0, said);
-      scene.assertRefreshed(said);
-      assert(textOf(scene.auth).endsWith("}"), said);
-      assert(Deno.statSync(scene.auth).size < 16 << 10, said);
-    });
-  }
+};
+const closed = logTo('exec "$@" 2>"$log"', (reader) => reader.close());
+const full = logTo('exec 3<>"$log"; exec "$@" 2>&3 3>&-', (reader, scene) => {
+  scene.sh("dd if=/dev/zero of=log bs=4k count=99 oflag=nonblock 2>&- || true");
+  reader.close();
 });
 
-/** An answer larger than any room that is reserved for it. */
-const LARGE: Behaviour = { kind: "fields", fields: { access_token: "a".repeat(300_000) } };
-
-Deno.test("an answer that is larger than the room waits for the disk, and is not lost", async (t) => {
-  for (const args of [["--once"], []]) {
-    await t.step(args[0] ?? "the loop", async () => {
-      await using scene = await Scene.open();
-      scene.tmpfs();
-      scene.mock.next(LARGE);
-      scene.meanwhile(() => fill(scene.home));
-      const running = scene.start(args);
-      await until(() => scene.status.startsWith("fail:store the disk is full"), "the first try has failed");
-      assertEquals(textOf(scene.auth), scene.text);
-      Deno.removeSync(`${scene.home}/fill`);
-      await until(() => scene.status.startsWith("refreshed"), "the answer is stored");
-      if (args.length === 0) running.kill("SIGTERM");
-      const { code, said } = await running.ended;
-      assertEquals([code, scene.mock.requests.length], [0, 1], said);
-      scene.assertRefreshed(said);
-    });
-  }
+cases("a log pipe that is closed or full in the middle of an attempt does not stop it", {
+  "closed, --once": closed,
+  "closed, the loop": { ...closed, loop: true },
+  "full, --once": full,
+  "full, the loop": { ...full, loop: true },
 });
 
-/** What keeps an answer from being stored, and what ends that. */
+/** What keeps an answer from being stored, what ends that, and whether the status can be written meanwhile. */
 interface Obstacle {
-  arrange?(scene: Scene): void;
-  begin(scene: Scene): void;
-  end(scene: Scene): void;
-  /** Whether the status can be written meanwhile. */
+  arrange?: string;
+  begin: string;
+  end: string;
   shows: boolean;
 }
 
-const IMMUTABLE: Obstacle = {
-  begin: (scene) => scene.immutable(scene.home),
-  end: (scene) => sh('chattr -i "$1"', scene.home),
-  shows: false,
-};
+const IMMUTABLE: Obstacle = { begin: "chattr +i home", end: "chattr -i home", shows: false };
 
 /** What is written to such a mount is lost as soon as the container ends. */
 const REPLACED_OUTSIDE: Obstacle = {
-  arrange(scene) {
-    scene.write(`${scene.root}/outside`);
-    sh('mount --bind "$1" "$2"', `${scene.root}/outside`, scene.auth);
-    scene.undo('umount "$1" 2>&- || true', scene.auth);
-  },
-  begin(scene) {
-    scene.write(`${scene.root}/new`);
-    Deno.renameSync(`${scene.root}/new`, `${scene.root}/outside`);
-  },
-  end: (scene) => sh('umount "$1"', scene.auth),
+  arrange: "cp -p home/auth.json outside; mount --bind outside home/auth.json",
+  begin: "cp -p home/auth.json new; mv new outside",
+  end: "umount home/auth.json",
   shows: true,
 };
 
 /** Tries for a minute, says where the answer is, and stores it at the next start. */
-async function givesUp(args: string[], { arrange, begin, end, shows }: Obstacle) {
+async function givesUp(args: string[], { arrange = ":", begin, end, shows }: Obstacle) {
   const started = Date.now();
   await using scene = await Scene.open();
-  arrange?.(scene);
-  let asked = Infinity;
-  scene.meanwhile(() => {
-    begin(scene);
-    asked = Date.now();
-  });
+  await scene.do(arrange);
+  const asked = scene.meanwhile(begin);
   const running = scene.start(args, IN_PLACE);
-  await until(() => asked < Infinity, "the request");
+  await asked;
+  const answered = Date.now();
   if (shows) await until(() => scene.status.startsWith("fail:store"), "the status tells");
-  assert(Date.now() - asked < 5000, "the status tells at once");
+  assert(Date.now() - answered < 5000, "the status tells at once");
   if (args.length === 0) running.kill("SIGTERM");
   const { code, said } = await running.ended;
+  await scene.settled();
   assert(Date.now() - started > 55_000, said);
   assertEquals(code, args.length === 0 ? 0 : 2, said);
-  const [kept = ""] = scene.journals;
-  const told = shows ? `fail:store ${/not stored: (.*)/.exec(said)?.[1]}` : "";
-  assert(said.includes(`${scene.home}/${kept}: do not delete it`), said);
-  assert(textOf(`${scene.home}/${kept}`).includes(scene.mock.newest(scene.old.refresh_token)), said);
-  assertEquals(scene.status, told, said);
+  const kept = scene.pending();
+  assert(said.includes(`${kept}: do not delete it`), said);
+  assert(textOf(kept).includes(scene.newest), said);
+  assertEquals(scene.status, shows ? `fail:store ${/not stored: (.*)/.exec(said)?.[1]}` : "", said);
   assert(!said.includes("refresh: ok"), said);
-  assertEquals(textOf(scene.auth), scene.text);
-  end(scene);
-  const next = await scene.once(IN_PLACE);
-  assertEquals([next.code, scene.status, scene.mock.requests.length], [0, "refreshed rolled_forward", 1], next.said);
-  scene.assertRefreshed(said);
+  scene.assertTheirs(said);
+  await scene.do(end);
+  scene.assertEnded("rolled forward", await scene.once(IN_PLACE), ["redeemed"]);
 }
 
-/** Ten failures take half a minute. */
-async function renamedAtLast() {
-  await using scene = await Scene.open();
-  scene.meanwhile(() => scene.write(scene.auth, scene.text.replace("{", '{"theirs":1,')));
-  const { code, said } = await scene.once({}, strace([scene.journal()], "-e", "inject=/^rename:error=EIO:when=1..10"));
-  assertEquals([code, scene.mock.requests.length], [0, 1], said);
-  scene.assertRefreshed(said);
-  assertEquals(JSON.parse(textOf(scene.auth)).theirs, 1);
+table(
+  "while an answer cannot be stored it is kept beside auth.json: tried again, and not given up too early",
+  {
+    "after a minute --once gives up": () => givesUp(["--once"], IMMUTABLE),
+    "after a SIGTERM and a minute the loop gives up": () => givesUp([], IMMUTABLE),
+    "a mount whose file was replaced outside meanwhile is no place for an answer": () =>
+      givesUp(["--once"], REPLACED_OUTSIDE),
+  },
+  (run) => run(),
+  ALL_AT_ONCE,
+);
+
+// The disk refuses before the request ---------------------------------------------------------------------------------
+
+/** Where an answer could not be stored: what the message says, how it comes about, who runs into it. */
+interface Refused {
+  because: RegExp;
+  arrange?: Step;
+  under?: (scene: Scene) => string[];
+  mute?: true;
 }
 
-/** All of it waiting, so all of it at the same time. */
-const PERSISTENT: Record<string, () => Promise<void>> = {
-  "after a minute --once gives up": () => givesUp(["--once"], IMMUTABLE),
-  "after a SIGTERM and a minute the loop gives up": () => givesUp([], IMMUTABLE),
-  "a mount whose file was replaced outside meanwhile is no place for an answer": () =>
-    givesUp(["--once"], REPLACED_OUTSIDE),
-  "a rename that fails ten times leaves nothing behind": renamedAtLast,
+const failing = (inject: string) => (scene: Scene) => strace(scene, inject);
+
+const REFUSED: Record<string, Refused> = {
+  "a disk that is full to the last block": { because: /full/, arrange: "disk home; fill home", mute: true },
+  "a disk with two blocks left": {
+    because: /full/,
+    arrange: "disk home; head -c 8192 /dev/zero >home/spare; fill home; rm home/spare",
+  },
+  "a disk that has no room for another file": {
+    because: /full/,
+    arrange: "disk home size=1m,nr_inodes=8; cd home; touch 1 2 3 4 5 6 7 8 2>&- || true",
+    mute: true,
+  },
+  "a symlink onto a disk that is full": {
+    because: /full/,
+    arrange: "disk disk; fill disk; ln -sf ../disk/auth.json home/auth.json",
+  },
+  "a disk quota that is used up, as the file system tells when it has to write": {
+    because: /quota/,
+    under: failing("fsync,fdatasync:error=EDQUOT"),
+  },
+  "a disk that cannot write the file": { because: /I\/O error/, under: failing("fsync,fdatasync:error=EIO") },
+  "a disk that cannot write the directory": {
+    because: /I\/O error/,
+    under: (scene) => strace(scene, "fsync,fdatasync:error=EIO", scene.home),
+  },
+  "a read-only disk": { because: /read-only/, arrange: "disk home; mount -o remount,ro home", mute: true },
+  "a directory without write permission": {
+    because: /permission/,
+    arrange: "chown 65534:65534 home/auth.json",
+    under: byNobody,
+    mute: true,
+  },
+  "a file without write permission": {
+    because: /permission/,
+    arrange: `${NOBODYS}; chmod 400 home/auth.json`,
+    under: byNobody,
+  },
+  "a file of somebody else, though all may write to it": {
+    because: /belongs to user 0/,
+    arrange: "chown 65534:65534 home; chmod 666 home/auth.json",
+    under: byNobody,
+  },
+  "a file of somebody else that all may read": {
+    because: /belongs to user 0|permission/,
+    arrange: "chown 65534:65534 home; chmod 644 home/auth.json",
+    under: byNobody,
+  },
+  "a lock of somebody else": {
+    because: /auth_refresh\.lock|permission/,
+    arrange: `${NOBODYS}; install -m 600 /dev/null home/auth_refresh.lock`,
+    under: byNobody,
+  },
+  "a lock of our own that may only be read": {
+    because: /auth_refresh\.lock cannot be locked/,
+    arrange: `install -m 444 /dev/null home/auth_refresh.lock; ${NOBODYS}`,
+    under: byNobody,
+  },
+  "a lock of somebody else that all may read": {
+    because: /auth_refresh\.lock cannot be locked: no permission, it is user 0's/,
+    arrange: `${NOBODYS}; install -m 644 /dev/null home/auth_refresh.lock`,
+    under: byNobody,
+  },
+  "an immutable lock": {
+    because: /auth_refresh\.lock cannot be locked/,
+    arrange: "touch home/auth_refresh.lock; chattr +i home/auth_refresh.lock",
+  },
+  "a folder in the lock's place": { because: /auth_refresh\.lock/, arrange: "mkdir home/auth_refresh.lock" },
+  "an immutable file": { because: /immutable/, arrange: "chattr +i home/auth.json" },
+  "an immutable directory": { because: /immutable/, arrange: "chattr +i home", mute: true },
+  "a file that would pass the limit once it is indented": {
+    because: /too large/,
+    arrange: (scene) => scene.write(scene.text.replace("{", nested(90_000))),
+  },
+  "a mount point from another file system": {
+    because: /mount point.*Mount the directory.*CODEX_AUTH_IN_PLACE=1/,
+    arrange: PINNED["a mount point from another file system"],
+  },
+  "a read-only mount point from the same file system": {
+    because: /read-only/,
+    arrange: `${REPLACED_OUTSIDE.arrange}; mount -o remount,bind,ro home/auth.json`,
+  },
+  "a mount point whose file was replaced outside": {
+    because: /replaced outside.*Mount the directory/,
+    arrange: `${REPLACED_OUTSIDE.arrange}; ${REPLACED_OUTSIDE.begin}`,
+  },
+  "a second hard link": {
+    because: /hard link.*CODEX_AUTH_IN_PLACE=1/,
+    arrange: PINNED["a file with a second hard link"],
+  },
+  "a mount that knows no rename": {
+    because: /does not support.*rename.*\(E\w*NOTSUP\)/,
+    under: failing("/^rename:error=EOPNOTSUPP"),
+    mute: true,
+  },
+  "a mount that permits no rename": {
+    because: /not permitted.*its mount refuse renames \(EPERM\)/,
+    under: failing("/^rename:error=EPERM"),
+    mute: true,
+  },
+  "a mount that permits no change of owner, where there has to be one": {
+    because: /its mount refuses to make it user 65534's, run as that user \(EPERM\)/,
+    arrange: NOBODYS,
+    under: failing("/chown:error=EPERM"),
+    mute: true,
+  },
+  "a mount that permits no change of mode, where there has to be one": {
+    because: /its mount refuses mode 0600 \(EPERM\)/,
+    under: (scene) => ["sh", "-c", 'umask 0277; exec "$@"', "sh", ...failing("/chmod:error=EPERM")(scene)],
+    mute: true,
+  },
 };
 
-Deno.test("while an answer cannot be stored it is kept in its journal: tried again, and not given up too early", () =>
-  each(Object.entries(PERSISTENT), ([, run]) => run(), ([name]) => name));
+cases(
+  "no token is spent where its answer cannot be stored, and the message names the cause",
+  rows(REFUSED, ({ because, ...row }): Case => ({
+    ...row,
+    ends: "not started",
+    says: new RegExp(`not started: .*(${because.source})`),
+  })),
+);
 
-Deno.test("what root writes belongs to the owner of auth.json", async () => {
+Deno.test("in an append-only directory, where nothing can be renamed, no token is spent", async () => {
   await using scene = await Scene.open();
-  nobody(scene.home, scene.auth);
-  const owner = (path: string) => {
-    const { uid, gid, mode } = Deno.statSync(path);
-    return [uid, gid, (mode ?? 0) & 0o777];
-  };
-  let journal: unknown;
-  scene.meanwhile(() => journal = owner(scene.pending()));
+  await scene.do("chattr +a home");
   const { code, said } = await scene.once();
-  assertEquals(code, 0, said);
-  const ours = [NOBODY, NOBODY, 0o600];
-  assertEquals(journal, ours);
-  for (const name of ["auth.json", "auth_refresh.lock", "auth_refresh_status.json"]) {
-    assertEquals(owner(`${scene.home}/${name}`), ours, name);
-  }
-  const next = await scene.start(["--once", "--force"], {}, UNPRIVILEGED).ended;
-  assertEquals(next.code, 0, next.said);
-  scene.assertRefreshed(next.said);
+  assertEquals([code, scene.asked], [2, []], said);
+  scene.assertTheirs(said);
+  assertMatch(said, /not started.*not permitted/);
+  // What was tried there could not be removed. It is as soon as that is possible.
+  await scene.do("chattr -a home");
+  scene.assertEnded("refreshed", await scene.once());
 });
 
-// No leak -------------------------------------------------------------------
+Deno.test("a full disk leaves the loop waiting, and it goes on as soon as there is room", async () => {
+  await using scene = await Scene.open();
+  await scene.do("disk home; fill home");
+  const running = scene.start([], { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1" });
+  await running.said(/not started.*full/);
+  assertEquals(scene.asked, []);
+  await scene.do("rm home/fill");
+  await until(() => scene.status.startsWith("refreshed"), "the loop has refreshed");
+  running.kill("SIGTERM");
+  scene.assertEnded("refreshed", await running.ended);
+});
 
-/** Every piece of nine characters of these secrets. */
-function piecesOf(secrets: readonly string[]): Set<string> {
-  const pieces = new Set<string>();
-  for (const secret of secrets) {
-    for (let start = 0; start + 9 <= secret.length; start++) pieces.add(secret.slice(start, start + 9));
-  }
-  return pieces;
-}
+// How it is stored ----------------------------------------------------------------------------------------------------
 
-/** The first of these pieces in a text. */
-function leakIn(text: string, pieces: ReadonlySet<string>): string | null {
-  for (const [run] of text.matchAll(/[\w.-]{9,}/g)) {
-    for (let start = 0; start + 9 <= run.length; start++) {
-      if (pieces.has(run.slice(start, start + 9))) return run.slice(start, start + 9);
-    }
-  }
-  return null;
-}
+const inPlace = ({ auth, before }: Scene, said: string) => assertEquals(inode(auth), before?.ino, said);
 
-/** The calls of a trace; those that strace tore apart at a switch of threads are whole again. */
-function callsOf(trace: string): string[] {
-  const begun = new Map<string, string>();
-  const calls = trace.split("\n").flatMap((line) => {
-    const [, thread = "", call = ""] = /^(\d+) +(.*)$/.exec(line) ?? [];
-    if (call.endsWith(" <unfinished ...>")) {
-      begun.set(thread, call.slice(0, -" <unfinished ...>".length));
-      return [];
-    }
-    const [, rest] = /^<\.\.\. \w+ resumed>(.*)$/.exec(call) ?? [];
-    const start = begun.get(thread) ?? "";
-    if (rest !== undefined) begun.delete(thread);
-    return [rest === undefined ? call : start + rest];
-  });
-  return [...calls, ...begun.values()];
-}
+const refusing = (inject: string): Case => ({
+  meanwhile: (scene) => scene.attach(`inject=${inject}`),
+  ends: "refreshed",
+  says: /refresh: ok/,
+  then: inPlace,
+});
+
+cases("what a mount refuses, and what was so already, does not keep an answer from being stored", {
+  "every rename, from the answer on: not supported": { ...refusing("/^rename:error=EOPNOTSUPP"), mute: true },
+  "the rename onto a mount point that could not be seen": {
+    arrange: REPLACED_OUTSIDE.arrange,
+    ends: "refreshed",
+    then: inPlace,
+  },
+  "modes and owners, which are right already": {
+    under: failing("/chmod|chown:error=EPERM"),
+    ends: "refreshed",
+  },
+  "modes and owners, which are right already, by a user": {
+    arrange: NOBODYS,
+    under: (scene) => [...strace(scene, "/chmod|chown:error=EPERM"), ...UNPRIVILEGED],
+    ends: "refreshed",
+  },
+});
+
+cases("it is stored under a rename wherever that is possible, in place elsewhere, and belongs to whom it did", {
+  ...rows(PINNED, (arrange): Case => ({
+    arrange,
+    env: IN_PLACE,
+    ends: "refreshed",
+    then(scene, said) {
+      inPlace(scene, said);
+      assertEquals(textOf(`${scene.root}/disk/auth.json`), textOf(scene.auth), said);
+    },
+  })),
+  "a file of somebody else that we may write, with CODEX_AUTH_IN_PLACE=1": {
+    arrange: "chown 65534:65534 home; chmod 666 home/auth.json",
+    env: IN_PLACE,
+    under: byNobody,
+    ends: "refreshed",
+    then(scene, said) {
+      inPlace(scene, said);
+      assertEquals(modeOf(scene.auth), "0 666", said);
+    },
+  },
+  "a file that can be replaced, with CODEX_AUTH_IN_PLACE=1": {
+    env: IN_PLACE,
+    ends: "refreshed",
+    then: ({ auth, before }, said) => assert(inode(auth) !== before?.ino, said),
+  },
+  "a symlink, which stays one: everything is kept beside the real file": {
+    arrange: "disk disk; ln -sf ../disk/auth.json home/auth.json",
+    meanwhile: ({ root }) => assertEquals(Deno.readDirSync(`${root}/disk`).toArray().length, 3, "a journal and a lock"),
+    ends: "refreshed",
+    then({ auth, root, home, journals }) {
+      assertEquals([Deno.readLinkSync(auth), journals(`${root}/disk`)], ["../disk/auth.json", []]);
+      assert(statOf(`${root}/disk/auth_refresh.lock`) !== null && statOf(`${home}/auth_refresh.lock`) === null);
+    },
+  },
+  "somebody else's, by root": {
+    arrange: NOBODYS,
+    meanwhile: (scene) => assertEquals(modeOf(scene.pending()), "65534 600"),
+    ends: "refreshed",
+    async then(scene) {
+      for (const name of ["auth.json", "auth_refresh.lock", "auth_refresh_status.json"]) {
+        assertEquals(modeOf(`${scene.home}/${name}`), "65534 600", name);
+      }
+      const next = await scene.start(["--once", "--force"], {}, UNPRIVILEGED).ended;
+      scene.assertEnded("refreshed", next, ["redeemed", "redeemed"]);
+    },
+  },
+});
+
+// Each call that changes auth.json happens once, in the rewrite; `lost` is what the disk then had of it.
+const whole = (text: string) => text;
+const MOMENTS: [calls: string, lost: (text: string) => string][] = [
+  ["ftruncate", whole],
+  ["write,pwrite64", whole],
+  ["fsync,fdatasync", whole],
+  ["fsync,fdatasync", (text) => text.slice(0, text.length / 2)],
+  ["unlink,unlinkat", whole],
+];
+const halfway = Object.entries(PINNED).flatMap(([where, arrange]) =>
+  MOMENTS.map((
+    [calls, lost],
+  ) => [`at ${calls} of ${where}, ${lost.name || "half"} on the disk`, { arrange, calls, lost }])
+);
+
+table("a rewrite in place that is killed halfway is finished by the next start", {
+  ...Object.fromEntries(halfway) as Record<string, { arrange: string; calls: string; lost: typeof whole }>,
+}, async ({ arrange, calls, lost }) => {
+  await using scene = await Scene.open();
+  await scene.do(arrange);
+  scene.meanwhile(() =>
+    scene.attach(`inject=${calls}:signal=KILL`, calls.startsWith("unlink") ? scene.pending() : scene.auth)
+  );
+  const killed = await scene.once(IN_PLACE);
+  assertEquals([killed.signal, scene.asked], ["SIGKILL", ["redeemed"]], killed.said);
+  // Cut off, it must not look whole: else the next start would believe it and remove the journal.
+  if (calls.includes("write")) assertThrows(() => JSON.parse(textOf(scene.auth)), SyntaxError);
+  scene.write(lost(textOf(scene.auth)));
+  const ended = await scene.once(IN_PLACE);
+  scene.assertEnded("rolled forward", ended, ["redeemed"]);
+  assertEquals(textOf(`${scene.root}/disk/auth.json`), textOf(scene.auth), ended.said);
+}, ALL_AT_ONCE);
+
+// No leak -------------------------------------------------------------------------------------------------------------
 
 interface Path {
   args?: string[];
   behaviours?: (scene: Scene) => Behaviour[];
-  arrange?: (scene: Scene) => void;
-  meanwhile?: (scene: Scene) => void;
+  arrange?: Step;
+  meanwhile?: Step;
   env?: Record<string, string>;
   ends: number;
 }
@@ -1266,13 +713,13 @@ const PATHS: Record<string, Path> = {
   "--health": { args: ["--health"], ends: 1 },
   "--metrics": { args: ["--metrics"], ends: 0 },
   "a token in the arguments' place": { args: ["--onse"], ends: 64 },
-  "nothing due": { arrange: (scene) => scene.write(scene.auth, authJson(scene.mock.login())), ends: 1 },
-  "a torn file": { arrange: (scene) => scene.write(scene.auth, scene.text.slice(0, -9)), ends: 1 },
+  "nothing due": { arrange: (scene) => scene.write(scene.otherLogin()), ends: 1 },
+  "a torn file": { arrange: (scene) => scene.write(scene.text.slice(0, -9)), ends: 1 },
   "tokens where they do not belong": {
     arrange(scene) {
       const { refresh_token, access_token } = scene.old;
       const document = { auth_mode: refresh_token, last_refresh: access_token, tokens: scene.old };
-      scene.write(scene.auth, JSON.stringify(document));
+      scene.write(JSON.stringify(document));
     },
     ends: 1,
   },
@@ -1296,42 +743,36 @@ const PATHS: Record<string, Path> = {
       ends: status === 401 ? 3 : 2,
     }],
   ])),
-  "no preflight": { arrange: (scene) => Deno.linkSync(scene.auth, `${scene.root}/second`), ends: 2 },
-  "in place": { arrange: (scene) => Deno.linkSync(scene.auth, `${scene.home}/auth.json.2`), env: IN_PLACE, ends: 0 },
-  "another login meanwhile": { meanwhile: (scene) => scene.write(scene.auth, authJson(scene.mock.login())), ends: 1 },
+  "no preflight": { arrange: "ln home/auth.json second", ends: 2 },
+  "in place": { arrange: "ln home/auth.json home/auth.json.2", env: IN_PLACE, ends: 0 },
+  "another login meanwhile": { meanwhile: (scene) => scene.write(scene.otherLogin()), ends: 1 },
   "other fields meanwhile": {
-    meanwhile: (scene) => scene.write(scene.auth, scene.text.replace(/{/, '{"a":0,')),
+    meanwhile: (scene) => scene.write(scene.text.replace(/{/, '{"a":0,')),
     ends: 0,
   },
   "a journal removed meanwhile": { meanwhile: (scene) => Deno.removeSync(scene.pending()), ends: 0 },
 };
 
-Deno.test("no piece of a token gets anywhere but into auth.json, its journal and the socket", async (t) => {
-  const umask = Deno.umask(0);
-  try {
-    for (const [name, path] of Object.entries(PATHS)) await t.step(name, () => traceOf(path));
-  } finally {
-    Deno.umask(umask);
-  }
-});
+table("no piece of a token gets anywhere but into auth.json, its journal and the socket", PATHS, traceOf);
 
 async function traceOf({ args = ["--once"], behaviours, arrange, meanwhile, env, ends }: Path) {
   await using scene = await Scene.open();
-  const log = `${scene.root}/trace`;
-  arrange?.(scene);
+  await scene.do(arrange ?? ":");
   scene.mock.next(...behaviours?.(scene) ?? []);
   let shown = "";
-  const running = scene.start(args, env, ["strace", "-f", "-yy", "-s", "100000", "-o", log]);
+  const traced = ["strace", "-f", "-yy", "-s", "100000", "-o", scene.trace];
+  const running = scene.start(args, env, ["sh", "-c", 'umask 0; exec "$@"', "sh", ...traced]);
   const child = () => textOf(`/proc/${running.pid}/task/${running.pid}/children`).trim().split(" ")[0];
   scene.meanwhile(() => {
     shown = ["cmdline", "environ", "comm"].map((file) => textOf(`/proc/${child()}/${file}`)).join();
-    meanwhile?.(scene);
+    return scene.do(meanwhile ?? ":");
   });
   if (args.length === 0) {
     await until(() => scene.status.startsWith("refreshed"), "the loop has refreshed");
     Deno.kill(Number(child()), "SIGTERM");
   }
   const { code, said, printed } = await running.ended;
+  await scene.settled();
   assertEquals(code, ends, said);
   if (!env?.CODEX_AUTH_LOG_FORMAT) assertMatch(said, DOCUMENTED);
 
@@ -1339,7 +780,7 @@ async function traceOf({ args = ["--once"], behaviours, arrange, meanwhile, env,
   for (const text of [said, printed, shown]) assertEquals(leakIn(text, pieces), null, text);
   const ours = `${scene.home}/(auth\\.json|\\.auth\\.json\\.[0-9a-f]{16}\\.tmp(\\.new)?)`;
   const allowed = new RegExp(`^\\w+\\(\\d+<(${ours}|TCP:\\[\\S+:${scene.mock.port}\\])>`);
-  const calls = callsOf(textOf(log));
+  const calls = callsOf(textOf(scene.trace)).map(({ text }) => text);
   for (const call of calls.filter((call) => !allowed.test(call))) assertEquals(leakIn(call, pieces), null, call);
   // What is seen here is what there was: tokens were read at all, and sent wherever there was an answer.
   if (ends !== 64) assert(calls.some((call) => allowed.test(call) && leakIn(call, pieces)));
@@ -1356,376 +797,3 @@ async function traceOf({ args = ["--once"], behaviours, arrange, meanwhile, env,
     if (!name.startsWith("auth.json")) assertEquals(leakIn(textOf(`${scene.home}/${name}`), pieces), null, name);
   }
 }
-
-// Ten thousand bad inputs ---------------------------------------------------
-
-const INPUTS = 10_000;
-const SEED = 20_260_131;
-
-/** The same throws in every run (mulberry32). */
-class Dice {
-  constructor(private state: number) {}
-  next(): number {
-    this.state = this.state + 0x6D2B79F5 | 0;
-    let mixed = Math.imul(this.state ^ this.state >>> 15, 1 | this.state);
-    mixed = mixed + Math.imul(mixed ^ mixed >>> 7, 61 | mixed) ^ mixed;
-    return ((mixed ^ mixed >>> 14) >>> 0) / 2 ** 32;
-  }
-  below(limit: number): number {
-    return Math.floor(this.next() * limit);
-  }
-  chance(percent: number): boolean {
-    return this.next() * 100 < percent;
-  }
-  one<T>(of: readonly T[]): T {
-    return of[this.below(of.length)]!;
-  }
-}
-
-/** JSON as this file reads it: objects are Maps, the last of equal names counts, numbers stay text. */
-type Json = null | boolean | string | Digits | Json[] | Map<string, Json>;
-class Digits {
-  constructor(readonly text: string) {}
-}
-
-/** A reader of its own, to compare by. undefined for what is not JSON. */
-function readJson(bytes: Uint8Array): Json | undefined {
-  let at = 0;
-  const take = (pattern: RegExp): string => {
-    pattern.lastIndex = at;
-    const [found] = pattern.exec(text) ?? [];
-    if (found === undefined) throw new SyntaxError(`at ${at}`);
-    at += found.length;
-    return found;
-  };
-  const space = /[ \t\n\r]*/y;
-  const string = (): string => JSON.parse(take(/"[^"\\]*(?:\\.[^"\\]*)*"/y));
-  const list = (end: string, item: () => void) => {
-    at++;
-    take(space);
-    for (let first = true; text[at] !== end; first = false) {
-      if (!first) take(/,[ \t\n\r]*/y);
-      item();
-      take(space);
-    }
-    at++;
-  };
-  const value = (levels: number): Json => {
-    if (levels === 0) throw new RangeError();
-    if (text[at] === '"') return string();
-    if (text[at] === "[") {
-      const items: Json[] = [];
-      list("]", () => items.push(value(levels - 1)));
-      return items;
-    }
-    if (text[at] === "{") {
-      const members = new Map<string, Json>();
-      list("}", () => {
-        const name = string();
-        take(/[ \t\n\r]*:[ \t\n\r]*/y);
-        members.set(name, value(levels - 1));
-      });
-      return members;
-    }
-    const word = take(/true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?/y);
-    return word === "null" ? null : word === "true" ? true : word === "false" ? false : new Digits(word);
-  };
-  let text: string;
-  try {
-    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-    take(space);
-    const whole = value(2000);
-    take(space);
-    return at === text.length ? whole : undefined;
-  } catch {
-    return undefined;
-  }
-}
-
-const levelsOf = (value: Json): number =>
-  value instanceof Map || Array.isArray(value) ? 1 + Math.max(0, ...[...value.values()].map(levelsOf)) : 0;
-
-/** One text for equal values, whatever the order of names. */
-function canonical(value: Json): string {
-  if (value instanceof Digits) return `#${value.text}`;
-  if (Array.isArray(value)) return `[${value.map(canonical)}]`;
-  if (!(value instanceof Map)) return JSON.stringify(value);
-  return `{${[...value].map(([name, each]) => `${JSON.stringify(name)}:${canonical(each)}`).sort()}}`;
-}
-
-const QUOTED = [
-  "",
-  "x",
-  "\\u0000",
-  "\\ud800",
-  "\\udc00\\ud800",
-  "\\ud83d\\ude00",
-  "\u{1f600}",
-  "\u2028",
-  '\\"\\\\\\/\\b',
-];
-const NAMES = ["__proto__", "constructor", "toJSON", "prototype", "hasOwnProperty", "toString", "then", "rawJSON", "0"];
-const NUMBERS = [
-  "0",
-  "-0",
-  "1.0",
-  "1e400",
-  "-1E-400",
-  "123456789012345678901234567890",
-  "0.1000000000000000055",
-  "1e5",
-];
-const MEMBERS = ["auth_mode", "OPENAI_API_KEY", "tokens", "last_refresh", "refresh_token", "error", "code"];
-
-/** A JSON text of any kind. */
-function anything(dice: Dice, levels = 4): string {
-  const kind = dice.below(levels > 0 ? 10 : 7);
-  if (kind < 2) return dice.one(NUMBERS);
-  if (kind < 3) return dice.one(["null", "true", "false"]);
-  if (kind < 6) return `"${dice.one([...QUOTED, ...NAMES, "2026-02-30T00:00:00Z", "e30.e30.", "a.b.c"])}"`;
-  if (kind < 7) {
-    if (dice.chance(80)) return `"${"A".repeat(dice.one([100, 10_000, 300_000]))}"`;
-    const depth = dice.one([20, 100, 200, 1000]);
-    const [open, close] = dice.one([["[", "]"], ['{"":', "}"]]) as [string, string];
-    return open.repeat(depth) + "0" + close.repeat(depth);
-  }
-  const items = Array.from({ length: dice.below(4) }, () => anything(dice, levels - 1));
-  if (kind < 8) return `[${items}]`;
-  return `{${items.map((item) => `"${dice.one([...QUOTED, ...NAMES, ...MEMBERS])}":${item}`)}}`;
-}
-
-type Member = [name: string, text: string];
-
-/** An object of these members after up to three accidents. */
-function broken(dice: Dice, members: readonly Member[]): string {
-  const list = [...members];
-  for (let left = dice.below(4); left > 0; left--) {
-    const at = dice.below(list.length + 1);
-    const [name = ""] = list[at] ?? [];
-    const added = dice.one([...QUOTED, ...NAMES, ...NAMES, ...MEMBERS]);
-    if (dice.chance(50)) list.splice(at, 0, [added, anything(dice)]);
-    else if (dice.chance(30)) list.splice(at, 1);
-    else if (dice.chance(60)) list.splice(at, 1, [name, anything(dice)]);
-    else list.push(dice.one(list.length > 0 ? list : members)); // the same once more
-  }
-  const space = dice.one(["", " ", "\n\t", "\r\n"]);
-  return `{${list.map(([name, text]) => `${space}"${name}"${space}:${space}${text}`).join(`${space},`)}${space}}`;
-}
-
-/** The bytes of a text, every third time damaged. */
-function damaged(dice: Dice, text: string): Uint8Array {
-  const bytes = new TextEncoder().encode(text);
-  if (!dice.chance(33)) return bytes;
-  const at = dice.below(bytes.length);
-  const insert = (...inserted: number[]) => new Uint8Array([...bytes.slice(0, at), ...inserted, ...bytes.slice(at)]);
-  return dice.one<() => Uint8Array>([
-    () => bytes.slice(0, at),
-    () => new Uint8Array(dice.one([0, 0, bytes.length])),
-    () => bytes.with(at, bytes[at]! ^ 1 << dice.below(8)),
-    () => insert(0),
-    () => insert(dice.below(256)),
-    () => insert(0xff),
-    () => insert(0xed, 0xa0, 0x80), // a surrogate, which UTF-8 has not
-    () => insert(0xc0, 0xaf), // longer than it need be
-    () => insert(0xf0, 0x9f, 0x98, 0x80),
-    () => new Uint8Array([0xef, 0xbb, 0xbf, ...bytes]),
-    () => new Uint8Array([0xff, 0xfe, ...[...bytes].flatMap((byte) => [byte, 0])]),
-    () => new Uint8Array([...bytes, ...bytes]),
-    () => new TextEncoder().encode("[".repeat(500_000)),
-    () => new TextEncoder().encode(`[${text}]`),
-    () => new TextEncoder().encode(`${text}${dice.one(["\n\n", "\0", ",", "}", "//", "\u00a0"])}`),
-    () => new TextEncoder().encode(dice.one([" ", "\n", "null", "true", '"x"', "7", "NaN", "undefined", "<html>"])),
-  ])();
-}
-
-const LOGIN = { id_token: jwt({ exp: 1 }), access_token: jwt({ exp: 1 }), refresh_token: "rt_0123456789_of_the_file" };
-const quoted = (tokens: object): Member[] =>
-  Object.entries(tokens).map(([name, value]): Member => [name, JSON.stringify(value)]);
-const membersOf = (value: Json | undefined): Map<string, Json> => value instanceof Map ? value : new Map();
-const memberOf = (value: Json | undefined, name: string): Json | undefined => membersOf(value).get(name);
-const isString = (value: Json | undefined): value is string => typeof value === "string" && value !== "";
-
-interface Tried {
-  outcome: string;
-  /** All that was logged, and the status file. */
-  said: string;
-}
-
-/** Looks at a home, as the executable does or inside this process, which is faster. */
-async function look(home: string, url: string, throughExe: boolean): Promise<Tried> {
-  const variables = { CODEX_REFRESH_TOKEN_URL_OVERRIDE: url };
-  const status = `${home}/auth_refresh_status.json`;
-  let said = "";
-  if (throughExe) {
-    const command = new Deno.Command(exe, { args: ["--once", home], env: variables, clearEnv: true, stdin: "null" });
-    const { code, stderr } = await command.output();
-    said = new TextDecoder().decode(stderr);
-    assertMatch(said, DOCUMENTED);
-    const { watchdog_last_outcome: outcome } = JSON.parse(textOf(status));
-    const codes = { refreshed: 0, superseded: 1, skip: 1, "fail:permanent": 3 };
-    const known = Object.entries(codes).find(([start]) => outcome.startsWith(start));
-    assertEquals(code, known?.[1] ?? 2, said);
-  } else {
-    const context = {
-      settings: readSettings(variables),
-      log: (_level: string, _event: string, text: string) =>
-        void (said += `[codex_auth_refresh 1970-01-01T00:00:00Z] ${text}\n`),
-      force: false,
-      stop: new AbortController().signal,
-      patience: (since: number) => since,
-      rejected: null,
-      now: Date.now,
-    };
-    await attempt({ dir: home, status }, context);
-    assertMatch(said, DOCUMENTED);
-  }
-  const { watchdog_last_outcome: outcome, detail } = JSON.parse(textOf(status));
-  return { outcome: detail === null || !outcome.startsWith("skip") ? outcome : `${outcome} ${detail}`, said };
-}
-
-/** What has to come of an auth.json: the rules for deciding, by another reader. */
-function verdictOf(bytes: Uint8Array): RegExp {
-  if (bytes.length === 0) return /^skip:no_auth_json/;
-  const document = readJson(bytes);
-  if (!(document instanceof Map) || levelsOf(document) > 127) return /^skip unreadable:\w+$/;
-  const mode = document.get("auth_mode") ?? null; // nesting beyond 127 the Codex CLI does not read either
-  const key = document.get("OPENAI_API_KEY") ?? null;
-  if (mode === "" || mode === null && key === "") return /^(refreshed|skip (no_refresh_token|auth_mode=none))$/;
-  if (mode !== null && typeof mode !== "string") return /^skip unreadable:TypeError$/;
-  if (mode === null ? key !== null : !/^chatgpt(_auth_tokens)?$/i.test(mode)) return /^skip auth_mode=[\w.-]+$/;
-  return isString(memberOf(document.get("tokens"), "refresh_token")) ? /^refreshed$/ : /^skip no_refresh_token$/;
-}
-
-/** Which tokens of an answer are to be kept. */
-function usableOf(answer: Json | undefined): (keyof Tokens)[] {
-  return (["id_token", "access_token", "refresh_token"] as const).filter((name) => {
-    const value = memberOf(answer, name);
-    if (!isString(value) || !value.isWellFormed() || value.includes("\ufffd")) return false; // no UTF-8
-    const [header, payload = "", signature] = value.split(".");
-    const decodes = /^[\w-]+$/.test(payload) && payload.length % 4 !== 1 &&
-      readJson(Buffer.from(payload, "base64url")) instanceof Map;
-    return name !== "id_token" || Boolean(header && signature && decodes);
-  });
-}
-
-/** auth.json with tokens of an answer in it, compared in every other field. */
-function assertCarried(before: Json | undefined, tokens: Map<string, Json>, bytes: Uint8Array, what: string) {
-  const after = membersOf(readJson(bytes));
-  const now = after.get("last_refresh") ?? null;
-  assert(typeof now === "string" && Math.abs(Date.now() - Date.parse(now)) < LIMIT_MS && now.endsWith("Z"), what);
-  const wanted = new Map([...membersOf(before), ["last_refresh", now]]);
-  wanted.set("tokens", new Map([...membersOf(memberOf(before, "tokens")), ...tokens]));
-  assertEquals(canonical(after), canonical(wanted), what);
-}
-
-/** Runs numbered cases, so many at a time. */
-async function numbered(count: number, width: number, run: (index: number, lane: number) => Promise<void>) {
-  let index = 0;
-  await each(Array.from({ length: width }, (_, lane) => lane), async (lane) => {
-    while (index < count) await run(index++, lane);
-  });
-}
-
-Deno.test("ten thousand bad inputs: a documented outcome each, no crash, no field lost, no token shown", async () => {
-  const root = Deno.makeTempDirSync({ prefix: "torture_inputs_" });
-  sh('mount -t tmpfs none "$1"', root);
-  const [files, ...lanes] = await Promise.all(
-    Array.from({ length: 9 }, () => startMockServer({ acceptAny: true })),
-  ) as [MockServer, ...MockServer[]];
-  const outcomes: Record<string, number> = {};
-  const hidden = piecesOf(Object.values(LOGIN));
-  const half = INPUTS / 2;
-  const check = async (index: number, bytes: Uint8Array, url: string) => {
-    const home = `${root}/${index}`;
-    Deno.mkdirSync(home);
-    Deno.writeFileSync(`${home}/auth.json`, bytes, { mode: 0o600 });
-    const { outcome, said } = await look(home, url, index % 50 === 0);
-    const kind = outcome.replace(/ .*|_\d+$/, "");
-    outcomes[kind] = (outcomes[kind] ?? 0) + 1;
-    const shown = said + textOf(`${home}/auth_refresh_status.json`);
-    assertEquals(leakIn(shown, hidden), null, shown);
-    const after = Deno.readFileSync(`${home}/auth.json`);
-    if (outcome !== "refreshed") assert(Buffer.from(bytes).equals(after), said);
-    for (const { name } of Deno.readDirSync(home)) assert(!name.endsWith(".tmp"), name);
-    Deno.removeSync(home, { recursive: true });
-    return { outcome, said, after };
-  };
-
-  const brokenFile = async (index: number) => {
-    const dice = new Dice(SEED + index);
-    const tokens = dice.chance(70)
-      ? broken(dice, [...quoted(LOGIN), ["account_id", '"x"']])
-      : broken(dice, quoted(LOGIN));
-    const mode = dice.one(['"chatgpt"', '"chatgpt"', '"ChatGPT"', '"CHATGPT_AUTH_TOKENS"', "null"]);
-    const members: Member[] = [
-      ["auth_mode", mode],
-      ["OPENAI_API_KEY", "null"],
-      ["tokens", tokens],
-      ["last_refresh", '"2020-01-01T00:00:00Z"'],
-    ];
-    const bytes = damaged(dice, broken(dice, members));
-    const { outcome, said, after } = await check(index, bytes, files.url);
-    assertMatch(outcome, verdictOf(bytes), `input ${index}: ${said}`);
-    if (outcome !== "refreshed") return;
-    const before = readJson(bytes);
-    const fresh = files.newest(String(memberOf(memberOf(before, "tokens"), "refresh_token")));
-    const stored = memberOf(readJson(after), "tokens");
-    const issued = ["id_token", "access_token", "refresh_token"].map((name): [string, Json] => {
-      const token = String(memberOf(stored, name));
-      assert(files.secrets.includes(token), said);
-      return [name, token];
-    });
-    assertEquals(memberOf(stored, "refresh_token"), fresh, said);
-    assertCarried(before, new Map(issued), after, `input ${index}`);
-  };
-
-  const file = new TextEncoder().encode(
-    `{"__proto__":{"x":1},"toJSON":1e400,"tokens":{${quoted(LOGIN).map(([name, text]) => `"${name}":${text}`)}}}`,
-  );
-  const brokenAnswer = async (index: number, lane: number) => {
-    const dice = new Dice(SEED + index);
-    const mock = lanes[lane]!;
-    const success = dice.chance(70);
-    const dead = !success && dice.chance(2); // each takes three seconds: it waits for another writer
-    const status = success ? dice.one([200, 200, 200, 200, 201, 202, 299]) : dice.one(
-      dead ? [401, 400, 403] : [300, 301, 307, 308, 400, 403, 404, 409, 418, 429, 451, 499, 500, 502, 503, 599],
-    );
-    const tokens = { ...LOGIN, id_token: jwt({ exp: 2 }), access_token: "new_access", refresh_token: "new_refresh" };
-    const shape = dice.one(['{"error":{"code":CODE}}', '{"error":CODE}', '{"code":CODE}']);
-    const body = success
-      ? damaged(dice, broken(dice, [...quoted(tokens), ["token_type", '"Bearer"'], ["expires_in", "1e3"]]))
-      : dead
-      ? new TextEncoder().encode(shape.replace("CODE", '"invalid_grant"'))
-      : damaged(dice, shape.replace("CODE", anything(dice)));
-    const retry = dice.one(["0", "-1", "1e9", "9".repeat(400), "Wed, 21 Oct 2015 07:28:00 GMT", "soon"]);
-    const headers = { location: "http://127.0.0.1:1/", "retry-after": retry };
-    mock.next({ kind: "raw", status, body, headers, contentType: dice.one(["application/json", "text/html", "x"]) });
-    const { outcome, said, after } = await check(index, file, mock.url);
-
-    const answer = readJson(new TextEncoder().encode(new TextDecoder().decode(body.subarray(0, 1 << 20))));
-    const usable = usableOf(answer);
-    const wanted = success
-      ? usable.length > 0 ? "refreshed" : "fail:apply_response"
-      : `fail:${dead ? "permanent" : "transient"}_${status}`;
-    assertEquals(outcome, wanted, `input ${index}: ${said}`);
-    if (outcome !== "refreshed") return;
-    const kept = usable.map((name): [string, Json] => [name, memberOf(answer, name)!]);
-    assertCarried(readJson(file), new Map(kept), after, `input ${index}`);
-  };
-
-  try {
-    for (const mock of [files, ...lanes]) mock.graceMilliseconds = Infinity; // many files hold the same token
-    await each([
-      () => numbered(half, 256, brokenFile),
-      () => numbered(half, lanes.length, (index, lane) => brokenAnswer(half + index, lane)),
-    ], (run) => run());
-    console.log(outcomes);
-    for (const kind of ["refreshed", "skip", "skip:no_auth_json", "fail:apply_response", "fail:transient"]) {
-      assert((outcomes[kind] ?? 0) > 50, kind);
-    }
-  } finally {
-    await Promise.all([files, ...lanes].map((mock) => mock.close()));
-    sh('umount "$1"', root);
-    Deno.removeSync(root);
-  }
-});
