@@ -355,7 +355,7 @@ function race(scene: Scene, round: number): Promise<[Finished, Finished]> {
   // Codex takes longer to start. Side by side, our start moves on from round to
   // round, across the moments in which Codex reads, asks and writes.
   const now = Promise.resolve();
-  const shifted = () => new Promise((start) => setTimeout(start, 5 * round));
+  const shifted = () => new Promise((start) => setTimeout(start, 25 * round));
   const we = order === 1 ? now : order === 2 ? asked : shifted();
   const they = order === 1 ? asked : now;
   return Promise.all([ // whoever ends without having asked holds up nobody
