@@ -277,7 +277,8 @@ test("a refresh makes no system call and opens no socket that the service forbid
 test("what is told reaches secrets, a service and a webhook", async (scene) => {
   const [noted, posts] = [`${scene.dir}/noted`, [] as string[]];
   for (const name of ["gh", "kubectl", "systemctl"]) {
-    const script = `#!/bin/sh\necho "${name} $*" >>${noted}\n[ "$1" = restart ] || exec cat >>${scene.dir}/${name}`;
+    // Noted once its input has ended: both ends of a pipe start at the same moment.
+    const script = `#!/bin/sh\n[ "$1" = restart ] || cat >>${scene.dir}/${name}\necho "${name} $*" >>${noted}`;
     scene.write(`bin/${name}`, script, 0o755);
   }
   await using webhook = Deno.serve({ port: 0, hostname: "127.0.0.1", onListen() {} }, async (request) => {
