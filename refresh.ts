@@ -306,28 +306,44 @@ export interface Credential {
   readonly refreshToken: Secret | null;
 }
 
-export type Verdict =
-  | { readonly kind: "skip"; readonly outcome: "skip" | "skip:no_auth_json"; readonly text: string }
-  | { readonly kind: "refresh"; readonly reasons: string; readonly token: Secret };
+export type Verdict = { readonly credential: Credential } & (Skip | Refresh);
+
+interface Skip {
+  readonly due: false;
+  readonly outcome: "skip" | "skip:no_auth_json";
+  readonly text: string;
+  /** Why auth.json cannot be read. `blocked`: not for its content, so that another look may succeed. */
+  readonly error: string | null;
+  readonly blocked: boolean;
+}
+
+interface Refresh {
+  readonly due: true;
+  readonly reasons: string;
+  readonly token: Secret;
+  readonly document: JsonObject;
+}
 
 type Rule = Pick<Settings, "marginSeconds" | "staleSeconds">;
-type Decision = { readonly verdict: Verdict; readonly credential: Credential };
 
 /**
  * The verdict on a login; `force` asks even where it is fresh. The rule is the Codex CLI's own, applied earlier by the
  * margins in `settings` (is_stale_for_proactive_refresh in codex-rs/login/src/auth/manager.rs: access token expired, or
  * last_refresh eight days old).
  */
-export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds }: Rule, force = false): Decision {
+export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds }: Rule, force = false): Verdict {
   const document = read.kind === "whole" ? read.document : {};
   const credential = credentialOf(document, nowMs);
   const { lastRefreshMs, expiresMs, refreshToken: token } = credential;
-  const ends = (verdict: Verdict): Decision => ({ verdict, credential });
-  const skip = (text: string) => ends({ kind: "skip", outcome: "skip", text });
-  if (read.kind === "unreadable") return skip(`unreadable:${read.error}`);
-  if (read.kind !== "whole") return ends({ kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" });
+  const skip = (text: string, more: Partial<Skip> = {}): Verdict => (
+    { credential, due: false, outcome: "skip", text, error: null, blocked: false, ...more }
+  );
+  if (read.kind === "unreadable") {
+    return skip(`unreadable:${read.error}`, { error: read.error, blocked: !read.torn });
+  }
+  if (read.kind !== "whole") return skip("no_auth_json", { outcome: "skip:no_auth_json" });
   const mode = document.auth_mode ?? "";
-  if (typeof mode !== "string") return skip("unreadable:TypeError");
+  if (typeof mode !== "string") return skip("unreadable:TypeError", { error: "TypeError" });
   // Logins from before auth_mode existed are ChatGPT's unless they hold another credential (AuthDotJson::resolved_mode in
   // codex-rs/login/src/auth/manager.rs).
   const others = ["OPENAI_API_KEY", "personal_access_token", "bedrock_api_key", "bedrock_access_keys"];
@@ -347,7 +363,7 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   if (exp === null && age === null) reasons.push("unparseable_metadata");
   if (force && reasons.length === 0) reasons.push("forced");
   if (reasons.length === 0) return skip(`fresh exp_in=${exp ?? "unknown"}s age=${age ?? "unknown"}s`);
-  return ends({ kind: "refresh", reasons: reasons.join(","), token });
+  return { credential, due: true, reasons: reasons.join(","), token, document };
 }
 
 function ageSeconds(ms: number | null, nowMs: number): number | null {
@@ -1497,26 +1513,26 @@ export interface View extends Status {
 
 /** A view from what was read: auth.json, the status file, and what is odd about the home. Pure. */
 export function view(home: string, read: Read, status: Status, odd: string[], nowMs: number, settings: Settings): View {
-  const { verdict, credential } = decide(read, nowMs, settings);
-  const { expiresMs, lastRefreshMs, refreshToken } = credential;
+  const verdict = decide(read, nowMs, settings);
+  const { expiresMs, lastRefreshMs, refreshToken } = verdict.credential;
   const { id_token = "", access_token = "" } = read.kind === "whole" ? tokensOf(read.document) : {};
   const { chatgpt_plan_type, chatgpt_account_id } = openaiClaims(id_token);
   const issued = claimsOf(access_token)?.iat;
   const fromMs = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
   const seconds = (from: number | null) =>
     expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND);
-  const text = verdict.kind === "skip" ? verdict.text : "";
+  const text = verdict.due ? "" : verdict.text;
   const unused = text.startsWith("auth_mode=") && refreshToken !== null;
   return {
     home,
-    ...diagnose(home, text, status, credential, nowMs, settings),
+    ...diagnose(home, verdict, status, nowMs, settings),
     warnings: [...odd, ...(unused ? [`${text}, so the refresh token is not used`] : [])],
     plan: tame(chatgpt_plan_type),
     account_id: tame(chatgpt_account_id, /^[0-9a-z-]{1,40}$/i),
     access_token_remaining_seconds: seconds(nowMs),
     access_token_lifetime_seconds: seconds(fromMs),
     ...status,
-    ...describeCredential(credential, nowMs),
+    ...describeCredential(verdict.credential, nowMs),
   };
 }
 
@@ -1543,15 +1559,16 @@ const OBSTACLES: Readonly<Record<string, readonly [what: string, help?: string]>
   RangeError: ["nests deeper than the Codex CLI reads"],
 };
 
-/** The state of a home, why, and what to do; `text` is that of the verdict, "" where a refresh is due. */
+/** The state of a home, why, and what to do. */
 function diagnose(
   home: string,
-  text: string,
+  verdict: Verdict,
   { watchdog_last_outcome: outcome, rejected_refresh_token_sha256: rejected, detail, ...status }: Status,
-  { expiresMs, lastRefreshMs, refreshToken }: Credential,
   nowMs: number,
   { intervalSeconds }: Settings,
 ): Pick<View, "state" | "reason" | "advice"> {
+  const { expiresMs, lastRefreshMs, refreshToken } = verdict.credential;
+  const text = verdict.due ? "a refresh is due" : verdict.text;
   const unhealthy = (reason: string, advice: string | null) => ({ state: "unhealthy", reason, advice }) as const;
   const inert = (reason: string) => ({ state: "inert", reason, advice: null }) as const;
   const lastRun = parseTimestamp(status.watchdog_last_run_iso);
@@ -1567,8 +1584,8 @@ function diagnose(
   if (nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun) {
     return unhealthy(`the watchdog ${ran} and is overdue`, "start the watchdog, it is down or stuck");
   }
-  if (text.startsWith("unreadable:")) {
-    const { what, help } = describeUnreadable(home, text.slice("unreadable:".length));
+  if (!verdict.due && verdict.error !== null) {
+    const { what, help } = describeUnreadable(home, verdict.error);
     return unhealthy(`auth.json ${what} (${text})`, help);
   }
   // A login that is newer than the failure has nothing to do with it.
@@ -1586,7 +1603,7 @@ function diagnose(
     return unhealthy(`the access token expired ${humanize(nowMs - expiresMs)} ago${trouble}`, start);
   }
   const reason = failed ? `the last run failed (${outcome}), the access token is still good` : null;
-  return { state: "healthy", reason: reason ?? (text === "" ? "a refresh is due" : "fresh"), advice: start };
+  return { state: "healthy", reason: reason ?? (verdict.due ? text : "fresh"), advice: start };
 }
 
 /** The views of all homes, the worst first. */
@@ -1767,15 +1784,18 @@ function showJson(views: readonly View[]): string {
 // The four in a row: decide, post, apply, status. An attempt with nothing to do takes no lock, makes no connection and
 // starts nothing. Everything that can fail ends in an outcome, never in a throw.
 
-/** What came of an attempt. `rejected` is the fingerprint of a refresh token that is known to be dead. */
-export interface Result {
+/** How an attempt ended: what the status keeps, what the scheduler goes by, and what the log is told. */
+export interface Ending {
   readonly outcome: Outcome;
   readonly detail: string | null;
-  readonly credential: Credential;
-  readonly retryAfterMs: number | null;
-  readonly rejected: string | null;
-  /** false for a dead token that was not sent again: no try, so not one more failure. */
-  readonly tried: boolean;
+  readonly lines: readonly Parameters<Log>[];
+  readonly retryAfterMs?: number | null;
+  /** The fingerprint of a refresh token that is known to be dead. */
+  readonly rejected?: string | null;
+  /** Where a dead token was not sent again: no try, so not one more failure. */
+  readonly untried?: true;
+  /** What auth.json said, where nothing was done about it. */
+  readonly verdict?: Verdict;
 }
 
 /** What an attempt needs beside its home. */
@@ -1789,8 +1809,7 @@ export interface Context {
   readonly patience: (since: number) => number;
   /** Fingerprint of a refresh token that is known to be dead, beside the one that the status file remembers. */
   readonly rejected: string | null;
-  /** Milliseconds since 1970. */
-  readonly now: () => number;
+  readonly clock: Pick<Clock, "now">;
 }
 
 /** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
@@ -1812,151 +1831,140 @@ export function worstExit(codes: readonly number[]): number {
 export async function attempt(
   home: Home,
   context: Context,
-  next?: (result: Result) => number,
-): Promise<Result | null> {
-  const { settings, log, force, stop, now } = context;
+  next?: (ending: Ending, verdict: Verdict) => number,
+): Promise<Ending | null> {
+  const { settings, log, force, stop, clock } = context;
   const target = locate(home);
-  const end = async (ending: Ending | null): Promise<Result | null> => {
+  const end = async (ending: Ending | null): Promise<Ending | null> => {
     if (ending === null) return null;
-    const read = ending.kind === "skipped" ? null : await readSettled(target.path);
-    const credential = ending.kind === "skipped"
-      ? ending.credential
-      : credentialOf(read?.kind === "whole" ? read.document : {}, now());
-    const result = conclude(ending, home, target.path, credential, log);
-    record(home, result, log, now(), next);
-    return result;
+    for (const line of ending.lines) log(...line);
+    const verdict = ending.verdict ?? decide(await readSettled(target.path), clock.now(), settings);
+    record(home, ending, verdict, log, clock.now(), next);
+    return ending;
   };
   let lock: Lock | null = null;
   try {
-    const seen = await readSettled(target.path);
-    const { verdict, credential } = decide(seen, now(), settings, force);
-    const blocked = seen.kind === "unreadable" && !seen.torn;
-    if (blocked || findJournals(target.path).length === 0) {
-      if (verdict.kind === "skip") return await end({ kind: "skipped", verdict, credential });
+    const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
+    if (!verdict.due && verdict.blocked || findJournals(target.path).length === 0) {
+      if (!verdict.due) return await end(skipped(verdict, target.path, home));
       const dead = knownDead(home, context, verdict.token);
       if (dead !== null) return await end(dead);
     }
     lock = await takeLock(target, stop);
     if (lock !== null) {
-      return await end(
-        await attemptLocked(home, target, context, lock, verdict.kind === "refresh" ? verdict.token : null),
-      );
+      return await end(await attemptLocked(home, target, context, lock, verdict.due ? verdict.token : null));
     }
     const holder = "another copy holds it, or the file system has no locks";
     const why = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
-    return stop.aborted ? null : await end({ kind: "locked", why });
+    return stop.aborted ? null : await end(failed("fail:locked", "locked", "not started", why));
   } catch (error) {
-    if (error instanceof NotStored) return await end({ kind: "not_stored", why: error.message });
+    if (error instanceof NotStored) {
+      return await end(failed("fail:store", "store_failed", "redeemed, but not stored", error.message));
+    }
     const why = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
-    return await end({ kind: "cannot_start", why });
+    return await end(failed("fail:preflight", "preflight_failed", "not started", why));
   } finally {
     // Not before the status is written: whoever waits for the lock must not send a token that it calls dead.
     lock?.release();
   }
 }
 
-/** How an attempt may end. `sent` is the fingerprint of the refresh token that was refused. */
-type Ending =
-  | { readonly kind: "skipped"; readonly verdict: Verdict & { kind: "skip" }; readonly credential: Credential }
-  | { readonly kind: "superseded" }
-  | { readonly kind: "refreshed"; readonly how: string; readonly detail: string | null }
-  | { readonly kind: "locked" | "cannot_start" | "not_stored"; readonly why: string }
-  | { readonly kind: "dead"; readonly outcome: Outcome; readonly code: string; readonly sent: string }
-  | { readonly kind: "refused"; readonly answer: Exclude<Answer, { kind: "granted" }>; readonly sent: string };
+// The endings.
 
-/** Tells the log of an ending, and what came of it. */
-function conclude(ending: Ending, home: Home, path: string, credential: Credential, log: Log): Result {
-  const result = (outcome: Outcome, detail: string | null, more: Partial<Result> = {}): Result => (
-    { outcome, detail, credential, retryAfterMs: null, rejected: null, tried: true, ...more }
-  );
-  const permanent = (status: string | number, code: string, why: string) => {
-    const remedy = `An operator must ${loginAdvice(home.dir)}`;
-    log("error", "permanent", `refresh: PERMANENT FAILURE (http=${status} code=${code}) — ${why}. ${remedy}`);
-  };
-  switch (ending.kind) {
-    case "skipped": {
-      const { outcome, text } = ending.verdict;
-      const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
-      if (outcome === "skip:no_auth_json") log("info", "no_auth_json", absent);
-      else log("info", "no_op", `no-op: ${text}`);
-      if (text.startsWith("unreadable:")) {
-        const { what, help } = describeUnreadable(home.dir, text.slice("unreadable:".length));
-        log("warning", "unreadable", `${path} ${what}: ${help}`);
-      }
-      if (text.startsWith("auth_mode=") && ending.credential.refreshToken !== null) {
-        log("warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use");
-      }
-      return result(outcome, text);
-    }
-    case "superseded": {
-      const detail = "auth.json holds another login by now";
-      log("info", "superseded", `refresh: superseded, ${detail}; left alone`);
-      return result("superseded", detail);
-    }
-    case "refreshed":
-      log("info", "refreshed", `refresh: ok (${ending.how})`);
-      return result("refreshed", ending.detail);
-    case "locked":
-      log("error", "locked", `refresh: not started: ${ending.why}`);
-      return result("fail:locked", ending.why);
-    case "cannot_start":
-      log("error", "preflight_failed", `refresh: not started: ${ending.why}`);
-      return result("fail:preflight", ending.why);
-    case "not_stored":
-      log("error", "store_failed", `refresh: redeemed, but not stored: ${ending.why}`);
-      return result("fail:store", ending.why);
-    case "dead": {
-      const { outcome, code, sent } = ending;
-      permanent(outcome.slice("fail:permanent_".length), code, "known to be dead, not sent again");
-      return result(outcome, code, { rejected: sent, tried: false });
-    }
-    case "refused": {
-      const { answer, sent } = ending;
-      const http = String(answer.status).padStart(3, "0");
-      if (answer.kind === "permanent") {
-        permanent(http, answer.code ?? "none, a proxy may have answered", "refresh_token rejected");
-        return result(`fail:permanent_${answer.status}`, answer.code, { rejected: isDead(answer) ? sent : null });
-      }
-      if (answer.kind === "useless") {
-        log("error", "apply_failed", `refresh: apply_response failed (http=${http}): ${answer.detail}`);
-        return result("fail:apply_response", answer.detail);
-      }
-      log("warning", "transient", `refresh: transient failure (http=${http}): ${answer.detail}; worth another try`);
-      return result(`fail:transient_${http}`, answer.detail, { retryAfterMs: answer.retryAfterMs });
-    }
-  }
+const SUPERSEDED: Ending = {
+  outcome: "superseded",
+  detail: "auth.json holds another login by now",
+  lines: [["info", "superseded", "refresh: superseded, auth.json holds another login by now; left alone"]],
+};
+
+function refreshed(how: string, detail: string | null = null): Ending {
+  return { outcome: "refreshed", detail, lines: [["info", "refreshed", `refresh: ok (${how})`]] };
 }
 
-/** Writes a result to the status file. */
-function record(home: Home, result: Result, log: Log, now: number, next?: (result: Result) => number): void {
-  const { outcome, detail, tried, rejected, credential } = result;
-  const before = readStatus(home.status);
-  // What is known to be dead is remembered for as long as no other token is there.
-  const [remembered, current] = [before.rejected_refresh_token_sha256, credential.refreshToken];
-  const gone = remembered !== null && current !== null && remembered !== current.fingerprint();
-  const [failed, done] = [tried && exitCode(outcome) >= 2, outcome === "refreshed"];
-  writeStatus(home, {
-    ...describeCredential(credential, now),
-    watchdog_last_outcome: outcome,
-    watchdog_last_run_iso: iso(now) ?? "",
-    detail: detail === null ? null : oneLine(Secret.redact(detail)),
-    consecutive_failures: tried && !failed ? 0 : before.consecutive_failures + Number(failed),
-    runs_total: before.runs_total + 1,
-    refreshes_total: before.refreshes_total + Number(done),
-    failures_total: before.failures_total + Number(failed),
-    ...(next === undefined ? {} : { next_run_iso: iso(next(result)) }),
-    ...(done ? { last_success_iso: iso(now) } : {}),
-    ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
-  }, log);
+function failed(outcome: Outcome, event: string, what: string, why: string): Ending {
+  return { outcome, detail: why, lines: [["error", event, `refresh: ${what}: ${why}`]] };
+}
+
+function skipped(verdict: Verdict & Skip, path: string, home: Home): Ending {
+  const { outcome, text, error, credential } = verdict;
+  const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
+  const lines: Parameters<Log>[] = [
+    outcome === "skip:no_auth_json" ? ["info", "no_auth_json", absent] : ["info", "no_op", `no-op: ${text}`],
+  ];
+  if (error !== null) {
+    const { what, help } = describeUnreadable(home.dir, error);
+    lines.push(["warning", "unreadable", `${path} ${what}: ${help}`]);
+  }
+  if (text.startsWith("auth_mode=") && credential.refreshToken !== null) {
+    const why = "there is a refresh token, which logins of this auth_mode do not use";
+    lines.push(["warning", "ignored_token", why]);
+  }
+  return { outcome, detail: text, lines, verdict };
+}
+
+function permanent(home: Home, status: string | number, code: string, why: string): Parameters<Log> {
+  const remedy = `An operator must ${loginAdvice(home.dir)}`;
+  return ["error", "permanent", `refresh: PERMANENT FAILURE (http=${status} code=${code}) — ${why}. ${remedy}`];
 }
 
 /** The ending for a token that the server has called dead before: it is not sent again, unless by force. */
-function knownDead(home: Home, { force, rejected }: Context, token: Secret): Ending | null {
+function knownDead(home: Home, { force, rejected: known }: Context, token: Secret): Ending | null {
   const { rejected_refresh_token_sha256, watchdog_last_outcome: last, detail } = readStatus(home.status);
-  const sent = token.fingerprint();
-  if (force || ![rejected, rejected_refresh_token_sha256].includes(sent)) return null;
+  const rejected = token.fingerprint();
+  if (force || ![known, rejected_refresh_token_sha256].includes(rejected)) return null;
   const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
-  return { kind: "dead", outcome, code: DEAD_CODES.find((each) => each === detail) ?? "rejected_before", sent };
+  const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
+  const status = outcome.slice("fail:permanent_".length);
+  const lines = [permanent(home, status, code, "known to be dead, not sent again")];
+  return { outcome, detail: code, lines, rejected, untried: true };
+}
+
+/** The ending for what is no new token; `sent` is the fingerprint of the refresh token. */
+function refused(answer: Exclude<Answer, { kind: "granted" }>, sent: string, home: Home): Ending {
+  const http = String(answer.status).padStart(3, "0");
+  if (answer.kind === "permanent") {
+    const code = answer.code ?? "none, a proxy may have answered";
+    const lines = [permanent(home, http, code, "refresh_token rejected")];
+    const rejected = isDead(answer) ? sent : null;
+    return { outcome: `fail:permanent_${answer.status}`, detail: answer.code, lines, rejected };
+  }
+  const { detail } = answer;
+  if (answer.kind === "useless") {
+    return failed("fail:apply_response", "apply_failed", `apply_response failed (http=${http})`, detail);
+  }
+  const text = `refresh: transient failure (http=${http}): ${detail}; worth another try`;
+  const { retryAfterMs } = answer;
+  return { outcome: `fail:transient_${http}`, detail, lines: [["warning", "transient", text]], retryAfterMs };
+}
+
+/** Writes an ending to the status file. */
+function record(
+  home: Home,
+  ending: Ending,
+  verdict: Verdict,
+  log: Log,
+  now: number,
+  next?: (ending: Ending, verdict: Verdict) => number,
+): void {
+  const { outcome, detail, untried = false, rejected = null } = ending;
+  const before = readStatus(home.status);
+  // What is known to be dead is remembered for as long as no other token is there.
+  const [remembered, current] = [before.rejected_refresh_token_sha256, verdict.credential.refreshToken];
+  const gone = remembered !== null && current !== null && remembered !== current.fingerprint();
+  const [hasFailed, done] = [!untried && exitCode(outcome) >= 2, outcome === "refreshed"];
+  writeStatus(home, {
+    ...describeCredential(verdict.credential, now),
+    watchdog_last_outcome: outcome,
+    watchdog_last_run_iso: iso(now) ?? "",
+    detail: detail === null ? null : oneLine(Secret.redact(detail)),
+    consecutive_failures: untried || hasFailed ? before.consecutive_failures + Number(hasFailed) : 0,
+    runs_total: before.runs_total + 1,
+    refreshes_total: before.refreshes_total + Number(done),
+    failures_total: before.failures_total + Number(hasFailed),
+    ...(next === undefined ? {} : { next_run_iso: iso(next(ending, verdict)) }),
+    ...(done ? { last_success_iso: iso(now) } : {}),
+    ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
+  }, log);
 }
 
 /** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
@@ -1967,49 +1975,47 @@ async function attemptLocked(
   lock: Lock,
   expected: Secret | null,
 ): Promise<Ending | null> {
-  const { settings, log, force, stop, patience, now } = context;
+  const { settings, log, force, stop, patience, clock } = context;
   const { inPlace } = settings;
   const persevering = (since: number): Perseverance => (
     { inPlace, giveUpAt: () => patience(since), onFailure: tellOfTrouble(home, lock, log, since) }
   );
   if (await rollForward(target, persevering(uptime()))) {
-    return { kind: "refreshed", how: "rolled forward", detail: "rolled_forward" };
+    return refreshed("rolled forward", "rolled_forward");
   }
 
-  const seen = await readSettled(target.path);
-  const { verdict, credential } = decide(seen, now(), settings, force);
-  if (verdict.kind === "skip") return { kind: "skipped", verdict, credential };
+  const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
+  if (!verdict.due) return skipped(verdict, target.path, home);
   const sent = verdict.token.fingerprint();
-  if (expected !== null && expected.fingerprint() !== sent || seen.kind !== "whole") return { kind: "superseded" };
+  if (expected !== null && expected.fingerprint() !== sent) return SUPERSEDED;
   const dead = knownDead(home, context, verdict.token);
   if (dead !== null || stop.aborted) return dead;
 
   const roots = readRoots(settings);
   const journal = journalOf(target, sent);
-  const room = await prove(journal, Buffer.byteLength(render(seen.document)) + ROOM_BYTES, inPlace);
+  const room = await prove(journal, Buffer.byteLength(render(verdict.document)) + ROOM_BYTES, inPlace);
   let answer: Answer | null = null;
   try {
     // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-    const isOurs = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
+    const isDue = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
     const again = await readSettled(target.path);
     if (stop.aborted) return null;
-    if (!isOurs(again)) {
+    if (!isDue(again)) {
       if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
-      const { verdict, credential } = decide(again, now(), settings, force);
-      const unknown = verdict.kind === "skip" && (isTorn(again) || again.kind === "unreadable");
-      return unknown ? { kind: "skipped", verdict, credential } : { kind: "superseded" };
+      const now = decide(again, clock.now(), settings, force);
+      const unknown = again.kind === "empty" || again.kind === "unreadable";
+      return unknown && !now.due ? skipped(now, target.path, home) : SUPERSEDED;
     }
     const endpoint = settings.url.origin + settings.url.pathname;
     log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
-    const still = async () => isOurs(await readSettled(target.path));
+    const still = async () => isDue(await readSettled(target.path));
     answer = await post(verdict.token, settings, roots, stop, still, log);
     if (answer.kind === "granted") {
       const { grant, status, unusable } = answer;
-      const stored = await store(journal, room, seen.document, grant, persevering(uptime()));
-      if (stored === "superseded") return { kind: "superseded" };
+      const stored = await store(journal, room, verdict.document, grant, persevering(uptime()));
+      if (stored === "superseded") return SUPERSEDED;
       const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
-      const how = `http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`;
-      return { kind: "refreshed", how, detail: null };
+      return refreshed(`http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`);
     }
   } finally {
     if (answer?.kind !== "granted") {
@@ -2019,12 +2025,12 @@ async function attemptLocked(
   }
   lock.giveWay();
   if (answer.kind === "permanent") {
-    if (await movesOn(target.path, sent)) return { kind: "superseded" };
+    if (await movesOn(target.path, sent)) return SUPERSEDED;
     const rescued = isDead(answer) ? await rescue(journal, persevering(uptime())) : null;
-    if (rescued?.stored === "superseded") return { kind: "superseded" };
-    if (rescued !== null) return { kind: "refreshed", how: `rescued from ${rescued.from}`, detail: "rescued" };
+    if (rescued?.stored === "superseded") return SUPERSEDED;
+    if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
   }
-  return { kind: "refused", answer, sent };
+  return refused(answer, sent, home);
 }
 
 /** Whether auth.json comes to hold another refresh token, or goes. */
@@ -2258,7 +2264,7 @@ interface Watch {
 }
 
 /** What the homes of a loop share. */
-interface Shared extends Pick<Context, "settings" | "stop" | "patience"> {
+interface Shared extends Omit<Context, "log" | "rejected"> {
   readonly clock: Clock;
   /** Called after each attempt. */
   readonly done: (home: Home, log: Log) => void;
@@ -2276,10 +2282,10 @@ function plan(watch: Watch, known: Omit<Known, "failures">, { settings, clock }:
 function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void {
   watch.identity = identify(watch.home);
   const { path } = locate(watch.home);
-  const { verdict, credential } = decide(readAuth(path), shared.clock.now(), shared.settings);
-  const due = verdict.kind === "refresh" && !hasJournals(path);
+  const verdict = decide(readAuth(path), shared.clock.now(), shared.settings);
+  const due = verdict.due && !hasJournals(path);
   if (due && outcome === "changed" && watch.askedInVain === verdict.token.fingerprint()) return;
-  const at = plan(watch, { outcome, due, credential, retryAfterMs: null }, shared);
+  const at = plan(watch, { outcome, due, credential: verdict.credential, retryAfterMs: null }, shared);
   if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
 }
 
@@ -2314,26 +2320,20 @@ async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void
 /** One attempt on a home, and the plan that follows from it. */
 async function run(watch: Watch, shared: Shared): Promise<void> {
   const { home, log, rejected } = watch;
-  const { settings, stop, patience, clock } = shared;
   const before = identify(home);
   watch.hungUp = false;
-  const result = await attempt(
-    home,
-    { settings, log, force: false, stop, patience, rejected, now: clock.now },
-    (result) => {
-      const read = readAuth(locate(home).path);
-      const { verdict, credential } = decide(read, clock.now(), settings);
-      const unreadable = result.outcome === "skip" && read.kind === "unreadable" && !read.torn;
-      const asked = /^fail:(transient|permanent|apply)/.test(result.outcome) && identify(home) === before;
-      watch.failures = unreadable || exitCode(result.outcome) === 2 ? watch.failures + 1 : 0;
-      watch.rejected = result.rejected;
-      watch.askedInVain = asked ? credential.refreshToken?.fingerprint() ?? null : null;
-      const outcome = unreadable ? "unreadable" : result.outcome;
-      return plan(watch, { ...result, outcome, due: verdict.kind === "refresh" }, shared);
-    },
-  );
+  const ending = await attempt(home, { ...shared, log, rejected }, (ending, verdict) => {
+    const unreadable = !verdict.due && verdict.blocked && ending.outcome === "skip";
+    const asked = /^fail:(transient|permanent|apply)/.test(ending.outcome) && identify(home) === before;
+    watch.failures = unreadable || exitCode(ending.outcome) === 2 ? watch.failures + 1 : 0;
+    watch.rejected = ending.rejected ?? null;
+    watch.askedInVain = asked ? verdict.credential.refreshToken?.fingerprint() ?? null : null;
+    const { due, credential } = verdict;
+    const { outcome, retryAfterMs = null } = ending;
+    return plan(watch, { outcome: unreadable ? "unreadable" : outcome, due, credential, retryAfterMs }, shared);
+  });
   // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
-  watch.identity = result?.outcome === "refreshed" ? identify(home) : before;
+  watch.identity = ending?.outcome === "refreshed" ? identify(home) : before;
   if (watch.hungUp) watch.at = 0;
   shared.done(home, log);
 }
@@ -2374,7 +2374,7 @@ export async function loop(
     for (const watch of watches) [watch.at, watch.hungUp] = [0, true];
     alarm.abort();
   });
-  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, clock, done };
+  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, force: false, clock, done };
   for (const watch of watches) look(watch, "start", shared);
 
   let [wall, up, looked] = [clock.now(), clock.uptime(), clock.uptime()];
@@ -2667,16 +2667,16 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   if (flags.once) {
     stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
-    const context = { settings, force: flags.force, stop, patience, rejected: null, now: Date.now };
-    const results = await Promise.all(homes.map(async (home) => {
-      const result = await attempt(home, { ...context, log: logOf(home) });
+    const context = { settings, force: flags.force, stop, patience, rejected: null, clock: CLOCK };
+    const endings = await Promise.all(homes.map(async (home) => {
+      const ending = await attempt(home, { ...context, log: logOf(home) });
       tell(home, logOf(home));
-      return result;
+      return ending;
     }));
     await told();
     // A login that is not in auth.json may be where we do not look.
-    await Promise.all(homes.filter((_, index) => results[index]?.outcome === "skip:no_auth_json").map(warn));
-    return worstExit(results.map((result) => result === null ? 2 : exitCode(result.outcome)));
+    await Promise.all(homes.filter((_, index) => endings[index]?.outcome === "skip:no_auth_json").map(warn));
+    return worstExit(endings.map((ending) => ending === null ? 2 : exitCode(ending.outcome)));
   }
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;

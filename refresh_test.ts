@@ -258,17 +258,17 @@ const expiring = (seconds: number) => jwt({ exp: NOW / 1000 + seconds });
 function verdict(change: Fields, tokens: Fields = {}, force = false): string {
   const fresh = { access_token: expiring(10 * DAY), refresh_token: "rt_decide", ...tokens };
   const document: Fields = { auth_mode: "chatgpt", tokens: fresh, last_refresh: ago(60), ...change };
-  const read = { kind: "whole", text: "", document } as const;
-  const { verdict } = car.decide(read, NOW, SETTINGS, force);
-  return verdict.kind === "skip" ? `${verdict.outcome} ${verdict.text}` : `refresh ${verdict.reasons}`;
+  return verdictOn({ kind: "whole", text: "", document }, force);
+}
+
+function verdictOn(read: car.Read, force = true): string {
+  const verdict = car.decide(read, NOW, SETTINGS, force);
+  return verdict.due ? `refresh ${verdict.reasons}` : `${verdict.outcome} ${verdict.text}`;
 }
 
 Deno.test("every verdict has its text", () => {
-  const told = (read: car.Read) => car.decide(read, NOW, SETTINGS, true).verdict;
-  const none = { kind: "skip", outcome: "skip:no_auth_json", text: "no_auth_json" } as const;
-  for (const kind of ["absent", "empty"] as const) assertEquals<car.Verdict>(told({ kind }), none);
-  const unreadable = { kind: "skip", outcome: "skip", text: "unreadable:SyntaxError" } as const;
-  assertEquals<car.Verdict>(told({ kind: "unreadable", error: "SyntaxError", torn: true }), unreadable);
+  for (const kind of ["absent", "empty"] as const) assertEquals(verdictOn({ kind }), "skip:no_auth_json no_auth_json");
+  assertEquals(verdictOn({ kind: "unreadable", error: "EIO", torn: false }), "skip unreadable:EIO");
   const aged = "last_refresh_age=777600s>=604800s";
   const rows: [Fields, Fields, string][] = [
     [{ auth_mode: "apikey" }, {}, "skip auth_mode=apikey"],

@@ -143,7 +143,7 @@ function simulate(rule: Rule, seed: number): Year {
     const known = { outcome, due, credential: look().credential, failures, retryAfterMs };
     at = rule.schedule(known, SETTINGS, clock(), random()).at;
   };
-  const observe = (outcome: "start" | "changed") => plan(outcome, look().verdict.kind === "refresh");
+  const observe = (outcome: "start" | "changed") => plan(outcome, look().due);
   const excuse = (wait: number) => excused = Math.max(excused, now + wait + PROMPT);
   const disturb = () => {
     noticeAt = Math.min(noticeAt, now + random() * STEP);
@@ -181,7 +181,7 @@ function simulate(rule: Rule, seed: number): Year {
   };
   const attempt = () => {
     const sent = login;
-    const due = look().verdict.kind === "refresh";
+    const due = look().due;
     const known = rule.remembers && rejected === sent;
     const answer = due && !known ? ask() : null;
     advance(now + SECOND);

@@ -194,7 +194,7 @@ async function look(home: string, url: string, throughExe: boolean): Promise<Tri
       stop: new AbortController().signal,
       patience: (since: number) => since,
       rejected: null,
-      now: Date.now,
+      clock: Date,
     };
     await attempt({ dir: home, status }, context);
     assertMatch(said, DOCUMENTED);
