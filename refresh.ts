@@ -24,11 +24,10 @@ import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
-import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
+import { parse as parseToml } from "@std/toml/parse";
 
 export const VERSION = "1.0.0";
 
-const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
 const fsync = (fd: number) =>
   new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
 /** A module of the engine when it is first needed: an import would be loaded, and embedded, every time. */
@@ -190,12 +189,13 @@ export interface Home {
 }
 
 /** The homes to look after: the arguments, else CODEX_HOME, else the Codex CLI's default. One named twice is one. */
-export function readHomes(names: readonly string[], env: Environment): Home[] {
+export async function readHomes(names: readonly string[], env: Environment): Promise<Home[]> {
   const preset = env.CODEX_HOME || (env.HOME ? join(env.HOME, ".codex") : "/home/agent/.codex");
-  const homes = new Map<string, Home>();
-  for (const name of names.length > 0 ? names : [preset]) {
+  const all = (names.length > 0 ? names : [preset]).map(async (name): Promise<[real: string, home: Home]> => {
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
     const dir = resolve(name.replace(/^~(?=\/|$)/, env.HOME || "~")); // no shell has expanded it
+    const home = { dir, status: join(dir, STATUS_FILE) };
+    if (names.length > 1 && !await answers(dir)) return [dir, home];
     const found = statOf(dir);
     if (found?.isDirectory() === false) {
       throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
@@ -203,10 +203,41 @@ export function readHomes(names: readonly string[], env: Environment): Home[] {
     if (found === null && /[\p{Cc}\ufffd]|^(["']).*\1$/su.test(name)) {
       throw new UsageError(`CODEX_HOME=${JSON.stringify(name)}: must be a path, without quotes or control characters`);
     }
-    const real = realPath(dir);
-    if (!homes.has(real)) homes.set(real, { dir, status: join(dir, STATUS_FILE) });
-  }
+    return [realPath(dir), home];
+  });
+  const homes = new Map<string, Home>();
+  for (const [real, home] of await Promise.all(all)) if (!homes.has(real)) homes.set(real, home);
   return [...homes.values()];
+}
+
+/** Calls on disks that have not returned yet, and the device of each auth.json that was seen. */
+const probes = new Map<string | number, Promise<boolean>>();
+const devices = new Map<string, number>();
+
+/**
+ * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and would
+ * stop the whole process: so another thread makes one first. One for each device that is known: engines have few threads.
+ */
+async function answers(dir: string): Promise<boolean> {
+  const disk = devices.get(dir) ?? dir;
+  const ask = () =>
+    fs.promises.stat(join(dir, "auth.json"))
+      .then(({ dev }) => devices.set(dir, dev), () => {})
+      .then(() => true)
+      .finally(() => probes.delete(disk));
+  const probe = probes.get(disk) ?? ask();
+  probes.set(disk, probe);
+  const late = new AbortController();
+  const answered = await Promise.race([probe, sleep(HUNG_MS, late.signal).then(() => false)]);
+  late.abort();
+  return answered;
+}
+
+/** The same, and tells of one that does not. */
+async function reaches({ dir }: Home, log: Log): Promise<boolean> {
+  const answered = await answers(dir);
+  if (!answered) log("error", "disk_hangs", `the disk under ${dir} does not answer, it is left alone`);
+  return answered;
 }
 
 /**
@@ -261,9 +292,9 @@ function tame(word: unknown, form = /^[a-z_]{1,40}$/i): string | null {
   return typeof word === "string" && form.test(word) && Secret.redact(word) === word ? word : null;
 }
 
-/** No control characters: a file name may hold a line break, a log line may not. */
+/** No control characters or line separators: a file name may hold a line break, a log line may not. */
 function oneLine(text: string): string {
-  return text.replace(/\p{Cc}|\u2028|\u2029/gu, "?");
+  return text.replace(/[^ -~\xa0-\u2027\u202a-\uffff]/g, "?");
 }
 
 export type Log = (level: "info" | "warning" | "error", event: string, text: string) => void;
@@ -411,7 +442,7 @@ export function claimsOf(jwt: string): JsonObject | null {
   const [, payload] = /^[^.]*\.([\w-]+)=*\./.exec(jwt) ?? [];
   if (payload === undefined) return null;
   try {
-    const bytes = decodeBase64Url(payload);
+    const bytes = Buffer.from(payload, "base64url");
     const claims: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
     return isObject(claims) ? claims : null;
   } catch {
@@ -552,8 +583,14 @@ function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { o
   if (ENGINE === "bun") {
     const ca = roots.length === 0 ? {} : { ca: all() };
     const through = proxy === null ? {} : { proxy: proxy.href };
-    // Verbose, which a variable can ask for, shows the token.
-    const options = { keepalive: false, verbose: false, tls: { rejectUnauthorized: true, ...ca }, ...through };
+    // Verbose, which a variable can ask for, shows the token; of what it decompresses, all is lost with a cut trailer.
+    const options = {
+      keepalive: false,
+      verbose: false,
+      decompress: false,
+      tls: { rejectUnauthorized: true, ...ca },
+      ...through,
+    };
     return { options, close };
   }
   const [tls, http] = [builtin("node:tls"), builtin("node:http")] as { [name: string]: unknown }[];
@@ -685,9 +722,9 @@ function probeConnection({ hostname, port, protocol }: URL): Probe {
 async function* readBody({ body, headers }: Response): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   let left = MAX_ANSWER_BYTES;
-  // Asked for none, Deno leaves it to us what a server compresses all the same.
-  const [packing] = /^(?:gzip|deflate)$/.exec(headers.get("content-encoding") ?? "") ?? [];
-  const packed = ENGINE === "deno" && packing !== undefined;
+  // Asked for none, Deno leaves it to us what a server compresses all the same, and so does Bun, told to.
+  const [packing] = /gzip$|^deflate$/.exec(headers.get("content-encoding")?.toLowerCase() ?? "") ?? [];
+  const packed = ENGINE !== "node" && packing !== undefined;
   const plain = packed ? body?.pipeThrough(new DecompressionStream(packing as "gzip")) : body;
   for await (const bytes of plain ?? []) {
     yield decoder.decode(bytes.subarray(0, left), { stream: true });
@@ -1444,8 +1481,13 @@ const NO_STATUS = {
 };
 export type Status = typeof NO_STATUS;
 
+/** What could not be written, by the status file's path: this process goes by it until that works again. */
+const unwritten = new Map<string, Status>();
+
 /** Reads the status file; a field that is missing or of another type is as if never written. */
 export function readStatus(path: string): Status {
+  const kept = unwritten.get(path);
+  if (kept !== undefined) return kept;
   const read = readAuth(path);
   const fields = read.kind === "whole" ? JSON.parse(read.text) as JsonObject : {};
   const fits = ([name, preset]: [string, unknown]) =>
@@ -1467,12 +1509,14 @@ function describeCredential({ lastRefresh, lastRefreshMs, expiresMs }: Credentia
 }
 
 /**
- * Replaces the status file by what it says now with `change` applied. A home that does not exist is not created. An
+ * Replaces the status file by what it says now with a change applied. A home that does not exist is not created. An
  * error is a log line and no more: the login matters, not this file.
  */
-function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
+function writeStatus(home: Home, log: Log, change: (now: Status) => Partial<Status>): void {
   const start = `.${STATUS_FILE}.`;
   const temporary = join(home.dir, `${start}${process.pid}.${Math.random().toString(36).slice(2)}.tmp`);
+  const now = readStatus(home.status);
+  const status = { ...now, ...change(now), watchdog_version: VERSION };
   try {
     if (!fs.existsSync(home.dir)) return;
     for (const name of fs.readdirSync(home.dir).filter((name) => name.startsWith(start))) {
@@ -1481,14 +1525,15 @@ function writeStatus(home: Home, change: Partial<Status>, log: Log): void {
     }
     const fd = createPrivate(temporary, locate(home).owner);
     try {
-      const status = { ...readStatus(home.status), ...change, watchdog_version: VERSION };
       writeAll(fd, JSON.stringify(status, null, 2) + "\n");
     } finally {
       closeQuietly(fd);
     }
     fs.renameSync(temporary, home.status);
+    unwritten.delete(home.status);
   } catch (error) {
     removeQuietly(temporary);
+    unwritten.set(home.status, status);
     log("warning", "status_failed", `status: ${home.status}: ${describeDisk(error)}`);
   }
 }
@@ -1553,6 +1598,7 @@ const OBSTACLES: Readonly<Record<string, readonly [what: string, help?: string]>
   ELOOP: ["is a symbolic link that leads back to itself", "remove it, and log in"],
   EACCES: ["may not be read by this user", "make it readable for this user, or run as its owner"],
   EFTYPE: ["is no plain file", "remove it, and log in"],
+  ETIMEDOUT: ["is on a disk that does not answer", "see to that disk"],
   EFBIG: ["is too large to be a login"],
   SyntaxError: ["holds no JSON, or begins with a byte order mark"],
   TypeError: ["holds no JSON object, or no UTF-8"],
@@ -1606,11 +1652,20 @@ function diagnose(
   return { state: "healthy", reason: reason ?? (verdict.due ? text : "fresh"), advice: start };
 }
 
-/** The views of all homes, the worst first. */
-async function viewAll(homes: readonly Home[], settings: Settings, verbose = false): Promise<View[]> {
+/** The views of all homes, the worst first. `guarded`: a disk that hangs must not hold up the rest. */
+async function viewAll(
+  homes: readonly Home[],
+  settings: Settings,
+  verbose: boolean,
+  guarded: boolean,
+): Promise<View[]> {
   const views = await Promise.all(homes.map(async (home) => {
-    const read = await readSettled(locate(home).path);
-    const shown = view(oneLine(home.dir), read, readStatus(home.status), await oddities(home), Date.now(), settings);
+    const hangs = guarded && !await answers(home.dir);
+    const read: Read = hangs
+      ? { kind: "unreadable", error: "ETIMEDOUT", torn: false }
+      : await readSettled(locate(home).path);
+    const [status, odd] = hangs ? [NO_STATUS, []] : [readStatus(home.status), oddities(home)];
+    const shown = view(oneLine(home.dir), read, status, odd, Date.now(), settings);
     const email = claimsOf(read.kind === "whole" ? tokensOf(read.document).id_token ?? "" : "")?.email;
     return verbose && typeof email === "string" ? { ...shown, email: oneLine(email) } : shown;
   }));
@@ -1619,7 +1674,7 @@ async function viewAll(homes: readonly Home[], settings: Settings, verbose = fal
 }
 
 /** What is odd about a home, whatever its auth.json holds. `etc` is where the machine's own configuration lies. */
-export async function oddities(home: Home, etc = "/etc/codex"): Promise<string[]> {
+export function oddities(home: Home, etc = "/etc/codex"): string[] {
   if (statOf(home.dir) === null) return ["the folder does not exist"];
   const auth = join(home.dir, "auth.json");
   const absent = statOf(auth) === null && readAuth(auth).kind === "absent";
@@ -1627,7 +1682,7 @@ export async function oddities(home: Home, etc = "/etc/codex"): Promise<string[]
   return [
     dangling ? "auth.json is a symbolic link to a file that does not exist: bring that back, or remove it" : null,
     oddPlace(locate(home).path),
-    await oddStore(home, etc, absent),
+    oddStore(home, etc, absent),
   ].filter((each) => each !== null);
 }
 
@@ -1644,15 +1699,14 @@ function oddPlace(path: string): string | null {
  * What is odd about where the Codex CLI keeps logins: `cli_auth_credentials_store` of the managed configuration, else of the
  * home's, else of the machine's (codex-rs/config/src/types.rs, AuthCredentialsStoreMode).
  */
-async function oddStore(home: Home, etc: string, absent: boolean): Promise<string | null> {
+function oddStore(home: Home, etc: string, absent: boolean): string | null {
   const paths = [join(etc, "managed_config.toml"), join(home.dir, "config.toml"), join(etc, "config.toml")];
   for (const path of paths) {
     const text = readText(path);
     if (text === null) continue;
     let store: unknown;
     try {
-      const { parse } = await import("@std/toml/parse");
-      store = (parse(text) as JsonObject).cli_auth_credentials_store;
+      store = (parseToml(text) as JsonObject).cli_auth_credentials_store;
     } catch {
       return `${path} is no TOML, so it is not known where logins are kept`;
     }
@@ -1807,8 +1861,6 @@ export interface Context {
   readonly stop: AbortSignal;
   /** Until when an answer that came at `since` is tried to be stored; both are milliseconds of uptime. */
   readonly patience: (since: number) => number;
-  /** Fingerprint of a refresh token that is known to be dead, beside the one that the status file remembers. */
-  readonly rejected: string | null;
   readonly clock: Pick<Clock, "now">;
 }
 
@@ -1839,7 +1891,7 @@ export async function attempt(
     if (ending === null) return null;
     for (const line of ending.lines) log(...line);
     const verdict = ending.verdict ?? decide(await readSettled(target.path), clock.now(), settings);
-    record(home, ending, verdict, log, clock.now(), next);
+    record(home, ending, verdict, log, clock.now(), next?.(ending, verdict));
     return ending;
   };
   let lock: Lock | null = null;
@@ -1908,10 +1960,9 @@ function permanent(home: Home, status: string | number, code: string, why: strin
 }
 
 /** The ending for a token that the server has called dead before: it is not sent again, unless by force. */
-function knownDead(home: Home, { force, rejected: known }: Context, token: Secret): Ending | null {
-  const { rejected_refresh_token_sha256, watchdog_last_outcome: last, detail } = readStatus(home.status);
-  const rejected = token.fingerprint();
-  if (force || ![known, rejected_refresh_token_sha256].includes(rejected)) return null;
+function knownDead(home: Home, { force }: Context, token: Secret): Ending | null {
+  const { rejected_refresh_token_sha256: rejected, watchdog_last_outcome: last, detail } = readStatus(home.status);
+  if (force || rejected !== token.fingerprint()) return null;
   const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
   const code = DEAD_CODES.find((each) => each === detail) ?? "rejected_before";
   const status = outcome.slice("fail:permanent_".length);
@@ -1937,34 +1988,28 @@ function refused(answer: Exclude<Answer, { kind: "granted" }>, sent: string, hom
   return { outcome: `fail:transient_${http}`, detail, lines: [["warning", "transient", text]], retryAfterMs };
 }
 
-/** Writes an ending to the status file. */
-function record(
-  home: Home,
-  ending: Ending,
-  verdict: Verdict,
-  log: Log,
-  now: number,
-  next?: (ending: Ending, verdict: Verdict) => number,
-): void {
+/** Writes an ending, and the moment of the next look, to the status file. */
+function record(home: Home, ending: Ending, { credential }: Verdict, log: Log, nowMs: number, nextMs?: number): void {
   const { outcome, detail, untried = false, rejected = null } = ending;
-  const before = readStatus(home.status);
-  // What is known to be dead is remembered for as long as no other token is there.
-  const [remembered, current] = [before.rejected_refresh_token_sha256, verdict.credential.refreshToken];
-  const gone = remembered !== null && current !== null && remembered !== current.fingerprint();
   const [hasFailed, done] = [!untried && exitCode(outcome) >= 2, outcome === "refreshed"];
-  writeStatus(home, {
-    ...describeCredential(verdict.credential, now),
-    watchdog_last_outcome: outcome,
-    watchdog_last_run_iso: iso(now) ?? "",
-    detail: detail === null ? null : oneLine(Secret.redact(detail)),
-    consecutive_failures: untried || hasFailed ? before.consecutive_failures + Number(hasFailed) : 0,
-    runs_total: before.runs_total + 1,
-    refreshes_total: before.refreshes_total + Number(done),
-    failures_total: before.failures_total + Number(hasFailed),
-    ...(next === undefined ? {} : { next_run_iso: iso(next(ending, verdict)) }),
-    ...(done ? { last_success_iso: iso(now) } : {}),
-    ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
-  }, log);
+  writeStatus(home, log, ({ rejected_refresh_token_sha256: remembered, ...before }) => {
+    // What is known to be dead is remembered for as long as no other token is there.
+    const { refreshToken } = credential;
+    const gone = remembered !== null && refreshToken !== null && remembered !== refreshToken.fingerprint();
+    return {
+      ...describeCredential(credential, nowMs),
+      watchdog_last_outcome: outcome,
+      watchdog_last_run_iso: iso(nowMs) ?? "",
+      detail: detail === null ? null : oneLine(Secret.redact(detail)),
+      consecutive_failures: untried || hasFailed ? before.consecutive_failures + Number(hasFailed) : 0,
+      runs_total: before.runs_total + 1,
+      refreshes_total: before.refreshes_total + Number(done),
+      failures_total: before.failures_total + Number(hasFailed),
+      ...(nextMs === undefined ? {} : { next_run_iso: iso(nextMs) }),
+      ...(done ? { last_success_iso: iso(nowMs) } : {}),
+      ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
+    };
+  });
 }
 
 /** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
@@ -2050,7 +2095,7 @@ function tellOfTrouble(home: Home, lock: Lock, log: Log, since: number): (error:
     const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
     if (uptime() - told > MINUTE) {
       const now = iso(Date.now()) ?? "";
-      writeStatus(home, { watchdog_last_outcome: "fail:store", watchdog_last_run_iso: now, detail }, log);
+      writeStatus(home, log, () => ({ watchdog_last_outcome: "fail:store", watchdog_last_run_iso: now, detail }));
       told = uptime();
     }
     if (logged || uptime() - since <= MINUTE) return;
@@ -2080,11 +2125,10 @@ type Event = "refreshed" | "unhealthy" | "recovered";
  */
 function teller(command: string | null, env: Environment, settings: Settings, stop: AbortSignal) {
   const busy = new Map<string, Promise<void>>();
-  const known = new Map<string, Partial<Status>>(); // for where the status file cannot be written
   const tell = async (command: string, home: Home, log: Log) => {
-    for (const seen = new Set<string>();;) {
-      const status = { ...readStatus(home.status), ...known.get(home.dir) };
-      const stands = view(home.dir, await readSettled(locate(home).path), status, [], Date.now(), settings);
+    for (const seen = new Set<string>(); !stop.aborted || seen.size === 0;) {
+      const read = await readSettled(locate(home).path);
+      const stands = view(home.dir, read, readStatus(home.status), [], Date.now(), settings);
       const [event, change] = news(stands).find(([event]) => !seen.has(event)) ?? [];
       if (event === undefined) return;
       seen.add(event);
@@ -2098,8 +2142,7 @@ function teller(command: string | null, env: Environment, settings: Settings, st
       const failure = await runCommand(command, { ...env, ...told }, stop, log);
       if (failure === null) {
         log("info", "told", `exec: event=${event} ok`);
-        known.set(home.dir, { ...known.get(home.dir), ...change });
-        writeStatus(home, { ...change }, log);
+        writeStatus(home, log, () => change ?? {});
       } else log("error", "not_told", `exec: event=${event} failed (${failure}), it is told again at the next attempt`);
     }
   };
@@ -2123,27 +2166,34 @@ async function runCommand(command: string, env: Environment, stop: AbortSignal, 
       detached: true,
       stdio: ["ignore", "pipe", "pipe"],
     });
-    let [output, length] = ["", 0];
-    for (const stream of [child.stdout, child.stderr]) {
+    const outputs = [child.stdout, child.stderr].map((stream) => {
+      const output = { stream, text: "", length: 0 };
       stream.setEncoding("utf8").on("data", (text: string) => {
-        if (length < MAX_OUTPUT) output += text;
-        length += text.length;
+        if (output.length < MAX_OUTPUT) output.text += text;
+        output.length += text.length;
       });
-    }
+      return output;
+    });
     const ended = new Promise<string | null>((resolve) => {
       child.on("error", (error) => resolve(errorName(error)));
-      child.on("close", (code, signal) => resolve(code === 0 ? null : signal ?? `exit ${code}`));
+      child.on("exit", (code, signal) => {
+        const end = () => resolve(code === 0 ? null : signal ?? `exit ${code}`);
+        child.on("close", end);
+        sleep(SECOND).then(end); // something that it started, and that goes on, may hold its output
+      });
     });
     const limit = sleep(EXEC_MS, stop).then(() => stop.aborted ? sleep(EXEC_STOP_MS) : undefined).then(() => late);
     const failure = await Promise.race([ended, limit]);
-    if (failure === late && child.pid !== undefined) {
-      process.kill(-child.pid, "SIGKILL");
-      for (const stream of [child.stdout, child.stderr]) stream.destroy(); // somebody may have left the group
+    if (failure === late && child.pid !== undefined) process.kill(-child.pid, "SIGKILL");
+    for (const { stream, text, length } of outputs) {
+      stream.destroy();
+      // Cut off, the last line might end in a piece of a token.
+      const lines = Secret.redact(text).split("\n").slice(0, length > text.length ? -1 : undefined);
+      for (const line of lines.filter((line) => line.trim() !== "")) {
+        log("info", "exec", `exec: ${line.slice(0, 1000)}`);
+      }
+      if (length > text.length) log("info", "exec", `exec: and more, ${length} characters in all`);
     }
-    // Cut off, the last line might end in a piece of a token.
-    const lines = Secret.redact(output).split("\n").slice(0, length > output.length ? -1 : undefined);
-    for (const line of lines.filter((line) => line.trim() !== "")) log("info", "exec", `exec: ${line.slice(0, 1000)}`);
-    if (length > output.length) log("info", "exec", `exec: and more, ${length} characters in all`);
     return failure;
   } catch (error) {
     return errorName(error);
@@ -2246,7 +2296,7 @@ export interface Clock {
 }
 export const CLOCK: Clock = { now: Date.now, uptime, random: Math.random, sleep };
 
-/** One home in the loop. `at` is when to look, `identity` what auth.json was at the last look. */
+/** One home in the loop. `at` is when to look, `identity` what auth.json was at the last look, "" before the first. */
 interface Watch {
   readonly home: Home;
   readonly log: Log;
@@ -2255,16 +2305,13 @@ interface Watch {
   identity: string;
   /** Whether a SIGHUP came while an attempt was under way. */
   hungUp: boolean;
-  /** A call on its disk that has not returned yet. */
-  probe: Promise<boolean> | null;
   failures: number;
-  rejected: string | null;
   /** The fingerprint of the refresh token that the endpoint has not accepted: another look at it changes no plan. */
   askedInVain: string | null;
 }
 
 /** What the homes of a loop share. */
-interface Shared extends Omit<Context, "log" | "rejected"> {
+interface Shared extends Omit<Context, "log"> {
   readonly clock: Clock;
   /** Called after each attempt. */
   readonly done: (home: Home, log: Log) => void;
@@ -2286,47 +2333,30 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
   const due = verdict.due && !hasJournals(path);
   if (due && outcome === "changed" && watch.askedInVain === verdict.token.fingerprint()) return;
   const at = plan(watch, { outcome, due, credential: verdict.credential, retryAfterMs: null }, shared);
-  if (at > shared.clock.now()) writeStatus(watch.home, { next_run_iso: iso(at) }, watch.log);
-}
-
-/**
- * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and those
- * of an attempt would stop the whole process: so another thread makes one first.
- */
-async function answers(watch: Watch): Promise<boolean> {
-  const done = () => true;
-  watch.probe ??= fs.promises.stat(join(watch.home.dir, "auth.json")).then(done, done).finally(() =>
-    watch.probe = null
-  );
-  const late = new AbortController();
-  const answered = await Promise.race([watch.probe, sleep(HUNG_MS, late.signal).then(() => false)]);
-  late.abort();
-  return answered;
+  if (at > shared.clock.now()) writeStatus(watch.home, watch.log, () => ({ next_run_iso: iso(at) }));
 }
 
 /** What is to be done about a home now: an attempt where it is due, else a look at whether somebody else wrote auth.json. */
 async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void> {
   watch.busy = true;
-  if (!await answers(watch)) {
-    watch.log("error", "disk_hangs", `the disk under ${watch.home.dir} does not answer, it is left alone`);
+  if (!await reaches(watch.home, watch.log)) {
     watch.failures++;
     const nothing = { expiresMs: null, lastRefreshMs: null };
     plan(watch, { outcome: "unreadable", due: false, credential: nothing, retryAfterMs: null }, shared);
   } else if (isDue) await run(watch, shared);
-  else if (identify(watch.home) !== watch.identity) look(watch, "changed", shared);
+  else if (identify(watch.home) !== watch.identity) look(watch, watch.identity === "" ? "start" : "changed", shared);
   watch.busy = false;
 }
 
 /** One attempt on a home, and the plan that follows from it. */
 async function run(watch: Watch, shared: Shared): Promise<void> {
-  const { home, log, rejected } = watch;
+  const { home, log } = watch;
   const before = identify(home);
   watch.hungUp = false;
-  const ending = await attempt(home, { ...shared, log, rejected }, (ending, verdict) => {
+  const ending = await attempt(home, { ...shared, log }, (ending, verdict) => {
     const unreadable = !verdict.due && verdict.blocked && ending.outcome === "skip";
     const asked = /^fail:(transient|permanent|apply)/.test(ending.outcome) && identify(home) === before;
     watch.failures = unreadable || exitCode(ending.outcome) === 2 ? watch.failures + 1 : 0;
-    watch.rejected = ending.rejected ?? null;
     watch.askedInVain = asked ? verdict.credential.refreshToken?.fingerprint() ?? null : null;
     const { due, credential } = verdict;
     const { outcome, retryAfterMs = null } = ending;
@@ -2353,12 +2383,10 @@ export async function loop(
 ): Promise<void> {
   const idle = {
     busy: false,
-    at: 0,
+    at: Infinity,
     identity: "",
     hungUp: false,
-    probe: null,
     failures: 0,
-    rejected: null,
     askedInVain: null,
   };
   const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
@@ -2375,9 +2403,8 @@ export async function loop(
     alarm.abort();
   });
   const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, force: false, clock, done };
-  for (const watch of watches) look(watch, "start", shared);
 
-  let [wall, up, looked] = [clock.now(), clock.uptime(), clock.uptime()];
+  let [wall, up, looked] = [clock.now(), clock.uptime(), -Infinity];
   while (!stop.aborted) {
     const now = clock.now();
     const setBackBy = clock.uptime() - up - (now - wall); // what the wall clock lags behind the time that has passed
@@ -2406,7 +2433,7 @@ export async function loop(
 /** A clock that was set back must not make a planned wait longer. */
 function setBack(watch: Watch, milliseconds: number, now: number): void {
   watch.at -= milliseconds;
-  if (watch.at > now) writeStatus(watch.home, { next_run_iso: iso(watch.at) }, watch.log);
+  if (watch.at > now) writeStatus(watch.home, watch.log, () => ({ next_run_iso: iso(watch.at) }));
 }
 
 function hasJournals(path: string): boolean {
@@ -2526,15 +2553,18 @@ function parse(args: readonly string[]) {
 
 function readArguments(args: readonly string[]) {
   const { values: parsed, positionals: homes } = parse(args);
-  const modes = MODES.filter((mode) => parsed[mode]);
-  if (modes.length > 1) throw new UsageError(`--${modes.join(" and --")} exclude each other`);
-  if (parsed.force && !parsed.once) throw new UsageError("--force goes with --once");
-  if ((parsed.json || parsed.verbose) && !parsed.status) throw new UsageError("--json and --verbose go with --status");
-  if (parsed.json && parsed.verbose) throw new UsageError("--json and --verbose exclude each other");
-  if (parsed.exec === "") throw new UsageError("--exec: must be a command");
-  const mode = modes.find((mode) => mode !== "once");
-  if (parsed.exec !== undefined && mode !== undefined) throw new UsageError(`--exec does not go with --${mode}`);
-  if (parsed.listen !== undefined && modes.length > 0) throw new UsageError(`--listen does not go with --${modes[0]}`);
+  const { once, status, force, json, verbose, listen, exec } = parsed;
+  const [mode, ...further] = MODES.filter((mode) => parsed[mode]);
+  const mistakes: [is: boolean, text: string][] = [
+    [further.length > 0, `--${[mode, ...further].join(" and --")} exclude each other`],
+    [force && !once, "--force goes with --once"],
+    [(json || verbose) && !status, "--json and --verbose go with --status"],
+    [json && verbose, "--json and --verbose exclude each other"],
+    [exec === "", "--exec: must be a command"],
+    [exec !== undefined && !once && mode !== undefined, `--exec does not go with --${mode}`],
+    [listen !== undefined && mode !== undefined, `--listen does not go with --${mode}`],
+  ];
+  for (const [is, text] of mistakes) if (is) throw new UsageError(text);
   return { ...parsed, homes };
 }
 
@@ -2626,13 +2656,14 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     return print(`codex_auth_refresh ${VERSION} (${ENGINE} ${versions[ENGINE]})\n`);
   }
   const settings = readSettings(env);
-  const homes = readHomes(flags.homes, env);
+  const homes = await readHomes(flags.homes, env);
   const address = flags.listen === undefined ? null : readAddress(flags.listen);
   if (flags.exec !== undefined && ENGINE === "deno") {
     const { state } = await Deno.permissions.request({ name: "run" });
     if (state !== "granted") throw new UsageError("--exec needs Deno's permission to run a program: --allow-run");
   }
-  const views = () => viewAll(homes, settings, flags.verbose);
+  const guarded = homes.length > 1 || flags.listen !== undefined;
+  const views = () => viewAll(homes, settings, flags.verbose, guarded);
   if (flags.json) return await print(showJson(await views()));
   if (flags.status) {
     const colour = !env.NO_COLOR && builtin("node:tty").isatty(1);
@@ -2648,7 +2679,8 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   const logOf = (home: Home | null) => logTo(write, settings.logFormat, home, homes.length > 1);
   const log = logOf(null);
   const warn = async (home: Home) => {
-    for (const each of await oddities(home)) log("warning", "odd_home", `${home.dir}: ${each}`);
+    if (!flags.once && !await answers(home.dir)) return; // which the loop tells
+    for (const each of oddities(home)) log("warning", "odd_home", `${home.dir}: ${each}`);
   };
   const stopping = new AbortController();
   const stop = stopping.signal;
@@ -2667,10 +2699,12 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   if (flags.once) {
     stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
-    const context = { settings, force: flags.force, stop, patience, rejected: null, clock: CLOCK };
+    const context = { settings, force: flags.force, stop, patience, clock: CLOCK };
     const endings = await Promise.all(homes.map(async (home) => {
-      const ending = await attempt(home, { ...context, log: logOf(home) });
-      tell(home, logOf(home));
+      const log = logOf(home);
+      if (guarded && !await reaches(home, log)) return null;
+      const ending = await attempt(home, { ...context, log });
+      tell(home, log);
       return ending;
     }));
     await told();
@@ -2739,4 +2773,9 @@ function withoutPaths(each: View): View {
 }
 
 // Older Node.js does not say, but is to be told that it is too old.
-if (import.meta.main !== false) process.exit(await main(process.argv.slice(2), process.env));
+if (import.meta.main !== false) {
+  const code = await main(process.argv.slice(2), process.env);
+  // Node.js would wait for its threads, one of which may wait for a disk for ever.
+  if (ENGINE === "node" && probes.size > 0) process.kill(process.pid, "SIGKILL");
+  process.exit(code);
+}

@@ -22,6 +22,8 @@ const assert: (value: unknown, message?: string) => asserts value = untyped.asse
 const assertEquals: <T>(actual: T, expected: T, message?: string) => void = untyped.assertEquals;
 const assertMatch: (actual: string, expected: RegExp, message?: string) => void = untyped.assertMatch;
 const assertThrows: (act: () => unknown, kind: new (message: string) => Error) => Error = untyped.assertThrows;
+const assertRejects: (act: () => Promise<unknown>, kind: new (message: string) => Error) => Promise<Error> =
+  untyped.assertRejects;
 
 const [HOUR, DAY] = [3600, 86400];
 const NOW = Date.parse("2026-01-31T12:00:00Z");
@@ -185,27 +187,33 @@ Deno.test("a file of further roots holds certificates, whatever stands around th
   assertEquals(read(text).map((each) => each.replace(/\s/g, "")), [root, root].map((each) => each.replace(/\s/g, "")));
 });
 
-Deno.test("homes come from the arguments, else CODEX_HOME, else HOME, else the fixed place", () => {
-  const dirs = (names: string[], env: Record<string, string>) => car.readHomes(names, env).map(({ dir }) => dir);
-  assertEquals(dirs(["/x/a", "/x/b"], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/a", "/x/b"]);
-  assertEquals(dirs([], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/c"]);
-  assertEquals(dirs([], { CODEX_HOME: "", HOME: "/x/d" }), ["/x/d/.codex"]);
-  assertEquals(dirs([], { HOME: "" }), ["/home/agent/.codex"]);
-  assertEquals(dirs([], {}), ["/home/agent/.codex"]);
-  assertEquals([dirs([], { CODEX_HOME: "~/a", HOME: "/x/d" }), dirs(["~"], { HOME: "/x/d" })], [["/x/d/a"], ["/x/d"]]);
+Deno.test("homes come from the arguments, else CODEX_HOME, else HOME, else the fixed place", async () => {
+  const dirs = async (names: string[], env: Record<string, string>) =>
+    (await car.readHomes(names, env)).map(({ dir }) => dir);
+  assertEquals(await dirs(["/x/a", "/x/b"], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/a", "/x/b"]);
+  assertEquals(await dirs([], { CODEX_HOME: "/x/c", HOME: "/x/d" }), ["/x/c"]);
+  assertEquals(await dirs([], { CODEX_HOME: "", HOME: "/x/d" }), ["/x/d/.codex"]);
+  assertEquals(await dirs([], { HOME: "" }), ["/home/agent/.codex"]);
+  assertEquals(await dirs([], {}), ["/home/agent/.codex"]);
+  assertEquals([await dirs([], { CODEX_HOME: "~/a", HOME: "/x/d" }), await dirs(["~"], { HOME: "/x/d" })], [
+    ["/x/d/a"],
+    ["/x/d"],
+  ]);
   for (const bad of ["/x/a\r", '"/x/a"', "'/x/a'", "/x/\ufffd"]) {
-    const { message } = assertThrows(() => car.readHomes([], { CODEX_HOME: bad }), car.UsageError);
+    const { message } = await assertRejects(() => car.readHomes([], { CODEX_HOME: bad }), car.UsageError);
     assert(message.startsWith(`CODEX_HOME=${JSON.stringify(bad)}: `), message);
   }
-  for (const bad of ["", join(scratch, "roots.pem")]) assertThrows(() => car.readHomes([bad], {}), car.UsageError);
+  for (const bad of ["", join(scratch, "roots.pem")]) {
+    await assertRejects(() => car.readHomes([bad], {}), car.UsageError);
+  }
 });
 
-Deno.test("a home that is named twice is one, by whatever path", () => {
+Deno.test("a home that is named twice is one, by whatever path", async () => {
   const [real, link] = [join(scratch, "named"), join(scratch, "link")];
   fs.mkdirSync(real);
   fs.symlinkSync(real, link);
   const names = [real, `${real}/`, `${scratch}/x/../named`, link, join(scratch, "absent"), join(link, "../absent")];
-  assertEquals(car.readHomes(names, {}).map(({ dir }) => dir), [real, join(scratch, "absent")]);
+  assertEquals((await car.readHomes(names, {})).map(({ dir }) => dir), [real, join(scratch, "absent")]);
 });
 
 Deno.test("a token shows itself to nobody", () => {
@@ -659,7 +667,7 @@ Deno.test("a view tells what the tokens say, and warns of a login that is not lo
   );
 });
 
-Deno.test("a configuration that keeps logins elsewhere is told of, the managed one before all", async () => {
+Deno.test("a configuration that keeps logins elsewhere is told of, the managed one before all", () => {
   const [dir, etc] = [join(scratch, "store"), join(scratch, "etc")];
   const files = [join(etc, "managed_config.toml"), join(dir, "config.toml"), join(etc, "config.toml")];
   const rows: [texts: (string | null)[], auth: boolean, says: RegExp | null][] = [
@@ -682,7 +690,7 @@ Deno.test("a configuration that keeps logins elsewhere is told of, the managed o
     for (const each of [dir, etc]) fs.rmSync(each, { recursive: true, force: true }), fs.mkdirSync(each);
     texts.forEach((text, index) => text !== null && fs.writeFileSync(files[index] ?? "", text));
     if (auth) fs.writeFileSync(join(dir, "auth.json"), "{}");
-    const told = await car.oddities({ dir, status: "" }, etc);
+    const told = car.oddities({ dir, status: "" }, etc);
     assertEquals(told.length, says === null ? 0 : 1, `${texts}: ${told}`);
     if (says !== null) assertMatch(told[0] ?? "", says);
   }
@@ -905,7 +913,7 @@ class Loop {
     const stop = new AbortController();
     try {
       const settings = car.readSettings({ ...RARE, [URL_NAME]: this.mock.url });
-      const homes = car.readHomes(this.homes.map(({ dir }) => dir), {});
+      const homes = await car.readHomes(this.homes.map(({ dir }) => dir), {});
       const logOf = (home: car.Home): car.Log => (_level, _event, text) => {
         this.lines.push(`${homes.indexOf(home)} ${text}`);
         this.onLine(text);

@@ -193,7 +193,6 @@ async function look(home: string, url: string, throughExe: boolean): Promise<Tri
       force: false,
       stop: new AbortController().signal,
       patience: (since: number) => since,
-      rejected: null,
       clock: Date,
     };
     await attempt({ dir: home, status }, context);
