@@ -1,96 +1,39 @@
 /**
  * What the proofs of storing share: a login nine days old, in a home of its own, with the server that issued it;
  * processes that work on it, disks that fail it; tables of cases; and judging what became of the login, by the server's
- * ledger and the disk alone. `CAR_EXE` names another executable than the one that `make` builds. Wants Linux, root,
- * strace and the right to mount.
+ * ledger and the disk alone. Wants Linux; most of those who use it also root, strace and the right to mount.
  *
  * @module
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assertEquals, assertMatch } from "@std/assert";
 import { createHash } from "node:crypto";
-import { dirname, resolve } from "node:path";
-import { setTimeout as pause } from "node:timers/promises";
+import { dirname } from "node:path";
 import { authJson, type MockServer, startMockServer, type Tokens } from "../mock_server.ts";
+import {
+  attempt,
+  built,
+  type Ended,
+  given,
+  launch,
+  type Running,
+  statOf,
+  table,
+  textOf,
+  tokenIn,
+  until,
+} from "./tools.ts";
 
-export { pause };
-export const LIMIT_MS = 100_000; // for any process and any wait: whatever hangs fails its test
-export const LANES = 2; // how many of the thousands of short runs go on side by side
+export * from "./tools.ts";
 export const ALL_AT_ONCE = 256; // where nearly all of it is waiting
 export const NOBODY = 65534;
 export const UNPRIVILEGED = ["setpriv", `--reuid=${NOBODY}`, `--regid=${NOBODY}`, "--clear-groups", "--"];
 export const IN_PLACE = { CODEX_AUTH_IN_PLACE: "1" };
 
 /** A copy that an unprivileged user can start wherever the original lies. */
-export const exe = `${Deno.makeTempDirSync({ prefix: "torture_exe_" })}/codex_auth_refresh`;
-Deno.copyFileSync(Deno.env.get("CAR_EXE") ?? resolve(import.meta.dirname!, "../dist/codex_auth_refresh"), exe);
+export const exe = `${Deno.makeTempDirSync({ prefix: "scene_exe_" })}/codex_auth_refresh`;
+Deno.copyFileSync(built, exe);
 for (const path of [exe, dirname(exe)]) Deno.chmodSync(path, 0o755);
 globalThis.addEventListener("unload", () => Deno.removeSync(dirname(exe), { recursive: true }));
-
-// Tools ---------------------------------------------------------------------------------------------------------------
-
-export async function until(condition: () => boolean, what = `${condition}`): Promise<void> {
-  for (const limit = Date.now() + LIMIT_MS; !condition(); await pause(2)) {
-    assert(Date.now() < limit, `never: ${what}`);
-  }
-}
-
-export const textOf = (path: string) => Deno.readTextFileSync(path);
-export const tokenIn = (text: string): string => JSON.parse(text).tokens.refresh_token;
-
-/** What is at a path itself, links not followed; null where nothing is. */
-export function statOf(path: string, look = Deno.lstatSync): Deno.FileInfo | null {
-  try {
-    return look(path);
-  } catch {
-    return null;
-  }
-}
-
-export const inode = (path: string) => statOf(path)?.ino ?? null;
-export function median(numbers: number[]): number {
-  return numbers.toSorted((one, other) => one - other)[numbers.length >> 1] ?? NaN;
-}
-
-/** The same numbers from [0, 1) in every run (mulberry32). */
-export function random(seed: number): () => number {
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
-/** Does the same with each item, a few at a time. */
-export async function each<T>(items: Iterable<T>, what: (item: T) => Promise<unknown>, lanes = LANES): Promise<void> {
-  const rest = items[Symbol.iterator]();
-  const lane = async () => {
-    for (let next = rest.next(); !next.done; next = rest.next()) await what(next.value);
-  };
-  await Promise.all(Array.from({ length: lanes }, lane));
-}
-
-/** A test of many cases, a few at a time; each is a step of its own, with what it found out behind its name. */
-export function table<Row>(
-  name: string,
-  rows: Record<string, Row>,
-  check: (row: Row) => Promise<string | void>,
-  lanes = LANES,
-): void {
-  Deno.test(name, async (t) => {
-    const results = new Map<string, PromiseSettledResult<string | void>>();
-    await each(Object.entries(rows), async ([what, row]) => {
-      const [result] = await Promise.allSettled([check(row)]);
-      results.set(what, result);
-    }, lanes);
-    for (const [what, result] of results) {
-      const found = result.status === "fulfilled" && result.value ? `: ${result.value}` : "";
-      await t.step(what + found, () => {
-        if (result.status === "rejected") throw result.reason;
-      });
-    }
-  });
-}
 
 // What may be said ----------------------------------------------------------------------------------------------------
 
@@ -152,47 +95,6 @@ export function callsOf(trace: string): Call[] {
 
 // A login, and who works on it ----------------------------------------------------------------------------------------
 
-interface Ended {
-  readonly code: number;
-  readonly signal: string | null;
-  readonly said: string;
-  readonly printed: string;
-}
-
-export interface Running {
-  readonly pid: number;
-  readonly ended: Promise<Ended>;
-  /** What it wrote to stderr so far. */
-  stderr(): string;
-  /** Resolves once stderr has matched so many times. */
-  said(pattern: RegExp, times?: number): Promise<void>;
-  kill(signal: Deno.Signal): void;
-}
-
-function launch([program = "", ...args]: string[], env: Record<string, string>): Running {
-  const streams = { stdin: "null", stdout: "piped", stderr: "piped" } as const;
-  const child = new Deno.Command(program, { args, env, clearEnv: true, ...streams }).spawn();
-  const kill = (signal: Deno.Signal) => {
-    try {
-      child.kill(signal);
-    } catch {
-      // It has ended.
-    }
-  };
-  let text = "";
-  const read = async () => {
-    for await (const chunk of child.stderr.pipeThrough(new TextDecoderStream())) text += chunk;
-  };
-  const limit = setTimeout(() => kill("SIGKILL"), LIMIT_MS);
-  const all = Promise.all([child.status, new Response(child.stdout).text(), read()]);
-  const ended = all.then(([{ code, signal }, printed]) => {
-    clearTimeout(limit);
-    return { code, signal, said: text, printed };
-  });
-  const said = (pattern: RegExp, times = 1) => until(() => text.split(pattern).length > times, `${pattern}`);
-  return { pid: child.pid, ended, stderr: () => text, said, kill };
-}
-
 /** A shell command, or what needs more than one. */
 export type Step = string | ((scene: Scene) => unknown);
 
@@ -222,7 +124,7 @@ export type Ending = keyof typeof ENDINGS;
  * at stake.
  */
 export class Scene implements AsyncDisposable {
-  readonly root = Deno.makeTempDirSync({ prefix: "torture_" });
+  readonly root = Deno.makeTempDirSync({ dir: this.parent, prefix: "scene_" });
   readonly home = `${this.root}/home`;
   readonly auth = `${this.home}/auth.json`;
   readonly trace = `${this.root}/trace`;
@@ -241,7 +143,7 @@ export class Scene implements AsyncDisposable {
   #disks = false;
   readonly #later: Promise<unknown>[] = [];
 
-  private constructor(readonly mock: MockServer) {
+  constructor(readonly mock: MockServer) {
     this.old = mock.login({ accessTokenSeconds: -3600 });
     this.text = authJson(this.old, new Date(Date.now() - 9 * 86_400_000)).replace("{", '{"kept":1.0e2,');
     Deno.chmodSync(this.root, 0o755);
@@ -251,10 +153,15 @@ export class Scene implements AsyncDisposable {
   }
 
   /** A scene with a server of its own, unless it shares another one's. */
-  static async open(shared?: MockServer): Promise<Scene> {
-    const scene = new Scene(shared ?? await startMockServer());
+  static async open<Kind extends Scene>(this: new (mock: MockServer) => Kind, shared?: MockServer): Promise<Kind> {
+    const scene = new this(shared ?? await startMockServer());
     if (shared === undefined) scene.#dispose = scene.mock.close;
     return scene;
+  }
+
+  /** Where its folder is made; undefined is where the system has such. */
+  get parent(): string | undefined {
+    return undefined;
   }
 
   async [Symbol.asyncDispose]() {
@@ -373,10 +280,18 @@ export class Scene implements AsyncDisposable {
   // Processes.
 
   start(args = ["--once"], env: Record<string, string> = {}, under: string[] = []): Running {
-    const { PATH = "" } = Deno.env.toObject();
-    const preset = { PATH, CODEX_HOME: this.home, CODEX_REFRESH_TOKEN_URL_OVERRIDE: this.mock.url };
+    return this.run([...under, exe, ...args], env);
+  }
+
+  /** Any program, in the environment that ours has. */
+  run(argv: string[], env: Record<string, string> = {}, cwd?: string): Running {
+    const preset = {
+      PATH: given("PATH", ""),
+      CODEX_HOME: this.home,
+      CODEX_REFRESH_TOKEN_URL_OVERRIDE: this.mock.url,
+    };
     this.before = statOf(this.auth);
-    return this.#running = launch([...under, exe, ...args], { ...preset, ...this.env, ...env });
+    return this.#running = launch(argv, { ...preset, ...this.env, ...env }, { cwd });
   }
 
   /** One attempt to its end. */
@@ -412,20 +327,21 @@ export class Scene implements AsyncDisposable {
 
   /** The outcome and detail in the status file, or "" where there is none. */
   get status(): string {
-    try {
-      const { watchdog_last_outcome, detail } = JSON.parse(textOf(`${this.home}/auth_refresh_status.json`));
-      return `${watchdog_last_outcome} ${detail}`;
-    } catch {
-      return "";
-    }
+    const status = attempt(() => JSON.parse(textOf(`${this.home}/auth_refresh_status.json`)));
+    return status === null ? "" : `${status.watchdog_last_outcome} ${status.detail}`;
+  }
+
+  /** The login was refreshed, and what came of it is stored. */
+  assertNewest(said: string, path = this.auth) {
+    assertEquals(this.mock.state(this.old.refresh_token), "spent", said);
+    assertEquals(tokenIn(textOf(path)), this.newest, said);
   }
 
   /** The newest tokens and every other field, in auth.json alone; and no token was sent that had been spent before. */
   assertRefreshed(said: string, asked: readonly string[] = ["redeemed"], path = this.auth) {
     const text = textOf(path);
     assertEquals(this.asked, asked, said);
-    assertEquals(this.mock.state(this.old.refresh_token), "spent", said);
-    assertEquals(tokenIn(text), this.newest, said);
+    this.assertNewest(said, path);
     assertMatch(text, /"kept": ?1\.0e2/, said);
     assertEquals(text, text.trim(), `nothing is left of the room: ${said}`);
     assertEquals(this.journals(), [], said);

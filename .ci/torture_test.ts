@@ -393,7 +393,7 @@ function crowd(scene: Scene, count = CROWD) {
   const watch = ["strace", "-f", "-qq", "-e", "trace=fcntl", "-e", "status=failed"];
   const copies = Array.from({ length: count - 1 }, () => scene.start());
   const watched = scene.start(["--once"], {}, watch);
-  const refused = (times: number) => watched.said(/EAGAIN/, times);
+  const refused = (times: number) => watched.said(/EAGAIN/, { times });
   const codes = async () => {
     const ended = await Promise.all([...copies, watched].map(({ ended }) => ended));
     const said = ended.map(({ code, said }) => `${code} ${said}`).join("\n");
@@ -487,7 +487,7 @@ async function waiter(scene: Scene, ...inject: string[]) {
   const watch = "strace -f -qq -e trace=fcntl,openat -e status=failed -P".split(" ");
   const shell = ["sh", "-c", 'echo pid $$ >&2; exec "$@"', "-"];
   const process = scene.start(["--once"], {}, [...watch, `${scene.home}/auth_refresh.lock`, ...inject, ...shell]);
-  const refused = (times: number) => process.said(/fcntl.*EAGAIN/, times);
+  const refused = (times: number) => process.said(/fcntl.*EAGAIN/, { times });
   await refused(3);
   return { process, refused, pid: Number(/pid (\d+)/.exec(process.stderr())?.[1]) };
 }
