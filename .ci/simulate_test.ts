@@ -8,6 +8,7 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { decide, judge, type Known, type Read, schedule } from "../refresh.ts";
+import { random as chance, table } from "./tools.ts";
 
 const SECOND = 1000;
 const MINUTE = 60 * SECOND;
@@ -22,16 +23,6 @@ const YEARS = 2000;
 const COPIES = 10_000;
 const SETTINGS = { intervalSeconds: 21_600, marginSeconds: 14_400, staleSeconds: 604_800 };
 const INTERVAL = SETTINGS.intervalSeconds * SECOND;
-
-/** Uniform in [0, 1), the same each time (mulberry32). */
-function chance(seed: number): () => number {
-  return () => {
-    seed = seed + 0x6d2b79f5 | 0;
-    let mixed = Math.imul(seed ^ seed >>> 15, 1 | seed);
-    mixed = mixed + Math.imul(mixed ^ mixed >>> 7, 61 | mixed) ^ mixed;
-    return ((mixed ^ mixed >>> 14) >>> 0) / 2 ** 32;
-  };
-}
 
 /** A watchdog: when it looks next, and what it keeps in mind meanwhile. */
 interface Rule {
@@ -301,34 +292,29 @@ function years(rule: Rule, count: number) {
 
 // A fleet ------------------------------------------------------------------------------------------------------------
 
-/** Copies that start in the same second on logins alike; each ends with its first success. Says the most requests in a second. */
-function fleet(
-  login: { lifeLeft: number; age: number },
-  outage: number,
-  randomOf: (seed: number) => () => number,
-) {
+/**
+ * Copies that start in the same second on logins alike, with an endpoint that is out for a while first. Says how many of
+ * them get their new tokens in the same second, at the most.
+ */
+function fleet({ lifeLeft, age }: { lifeLeft: number; age: number }, outage: number, randomOf: typeof chance): number {
   const seconds = new Map<number, number>();
+  const credential = { expiresMs: START + lifeLeft, lastRefreshMs: START - age };
+  const isDue = (now: number) =>
+    credential.expiresMs - now <= SETTINGS.marginSeconds * SECOND ||
+    now - credential.lastRefreshMs >= SETTINGS.staleSeconds * SECOND;
   for (let copy = 0; copy < COPIES; copy++) {
     const random = randomOf(copy);
-    const credential = { expiresMs: START + login.lifeLeft, lastRefreshMs: START - login.age };
-    const isDue = (now: number) =>
-      credential.expiresMs - now <= SETTINGS.marginSeconds * SECOND ||
-      now - credential.lastRefreshMs >= SETTINGS.staleSeconds * SECOND;
     let known: Known = { outcome: "start", due: isDue(START), credential, failures: 0, retryAfterMs: null };
-    for (let now = START;;) {
+    for (let [now, done] = [START, false]; !done;) {
       now = Math.max(now, schedule(known, SETTINGS, now, random()).at);
-      if (!isDue(now)) {
-        known = { ...known, outcome: "skip" };
-        continue;
-      }
+      done = isDue(now) && now >= START + outage;
       const second = Math.floor((now - START) / SECOND);
-      seconds.set(second, (seconds.get(second) ?? 0) + 1);
-      if (now >= START + outage) break;
-      known = { ...known, outcome: "fail:transient_503", failures: known.failures + 1 };
+      if (done) seconds.set(second, (seconds.get(second) ?? 0) + 1);
+      else if (!isDue(now)) known = { ...known, outcome: "skip" };
+      else known = { ...known, outcome: "fail:transient_503", failures: known.failures + 1 };
     }
   }
-  const most = (from: number) => Math.max(...[...seconds].map(([second, count]) => second < from ? 0 : count));
-  return { all: most(0), back: most(Math.floor(outage / SECOND)) };
+  return Math.max(...seconds.values());
 }
 
 // Tests --------------------------------------------------------------------------------------------------------------
@@ -343,57 +329,50 @@ Deno.test(`in ${YEARS} years of trouble no token stays expired, none is sent dea
   }
 });
 
-Deno.test("each judgement of a year catches the rule that breaks it", () => {
-  const told = (change: (known: Known) => Partial<Known>): Partial<Rule> => ({
-    schedule: (known, ...rest) => schedule({ ...known, ...change(known) }, ...rest),
-  });
-  const uncapped: Rule["schedule"] = (known, settings, ...rest) =>
-    schedule(
-      known,
-      known.outcome.startsWith("fail:transient") ? { ...settings, intervalSeconds: 1e7 } : settings,
-      ...rest,
-    );
-  const broken: Record<string, [rule: Partial<Rule>, fault: string]> = {
-    "backoff without a cap": [{ schedule: uncapped }, "expired for longer than the longest backoff"],
-    "backoff that starts at the cap": [
-      told(({ failures }) => ({ failures: 60 * Math.sign(failures) })),
-      "expired for longer than its failures excuse",
-    ],
-    "backoff that does not grow": [
-      told(({ failures }) => ({ failures: Math.sign(failures) })),
-      "more requests than stated",
-    ],
-    "no floor after a success": [
-      told(({ outcome }) => ({ outcome: outcome === "refreshed" ? "superseded" : outcome })),
-      "more requests than stated",
-    ],
-    "Retry-After ignored": [told(() => ({ retryAfterMs: null })), "asked before Retry-After"],
-    "no memory of dead tokens": [{ remembers: false }, "a dead token sent again"],
-    "deaf to the file and the clock": [{ attentive: false }, "expired for longer than its failures excuse"],
-  };
-  for (const [name, [rule, fault]] of Object.entries(broken)) {
-    const found = years({ ...OURS, ...rule }, 32).faults;
-    console.log(`${name}: ${found.join("; ") || "not caught"}`);
-    assert(found.includes(fault), `${name}: not caught by "${fault}"`);
-  }
+const told = (change: (known: Known) => Partial<Known>): Partial<Rule> => ({
+  schedule: (known, ...rest) => schedule({ ...known, ...change(known) }, ...rest),
+});
+const uncapped: Rule["schedule"] = (known, settings, ...rest) => {
+  const intervalSeconds = known.outcome.startsWith("fail:transient") ? 1e7 : settings.intervalSeconds;
+  return schedule(known, { ...settings, intervalSeconds }, ...rest);
+};
+
+table<[rule: Partial<Rule>, fault: string]>("each judgement of a year catches the rule that breaks it", {
+  "backoff without a cap": [{ schedule: uncapped }, "expired for longer than the longest backoff"],
+  "backoff that starts at the cap": [
+    told(({ failures }) => ({ failures: 60 * Math.sign(failures) })),
+    "expired for longer than its failures excuse",
+  ],
+  "backoff that does not grow": [
+    told(({ failures }) => ({ failures: Math.sign(failures) })),
+    "more requests than stated",
+  ],
+  "no floor after a success": [
+    told(({ outcome }) => ({ outcome: outcome === "refreshed" ? "superseded" : outcome })),
+    "more requests than stated",
+  ],
+  "Retry-After ignored": [told(() => ({ retryAfterMs: null })), "asked before Retry-After"],
+  "no memory of dead tokens": [{ remembers: false }, "a dead token sent again"],
+  "deaf to the file and the clock": [{ attentive: false }, "expired for longer than its failures excuse"],
+}, ([rule, fault]) => {
+  const found = years({ ...OURS, ...rule }, 32).faults;
+  assert(found.includes(fault), `not caught by "${fault}"`);
+  return found.join("; ");
 });
 
-Deno.test(`of ${COPIES} copies at once few ask in the same second`, () => {
-  const fresh = { lifeLeft: 10 * DAY, age: 0 };
-  const due = { lifeLeft: 2 * DAY, age: 8 * DAY };
-  const expired = { lifeLeft: -HOUR, age: 11 * DAY };
-  const measure = (randomOf: (seed: number) => () => number) => ({
-    "restarted, due": fleet(due, 0, randomOf).all,
-    "logged in together, a week on": fleet(fresh, 0, randomOf).all,
-    "back after an hour, due": fleet(due, HOUR, randomOf).back,
-    "back after an hour, expired": fleet(expired, HOUR, randomOf).back,
-    "restarted, expired (at once, as meant)": fleet(expired, 0, randomOf).all,
-  });
-  const [jitter, none] = [measure(chance), measure(() => () => 0)];
-  console.table({ "most requests in a second, with jitter": jitter, "without": none });
-  for (const name of Object.keys(jitter).slice(0, 4) as (keyof typeof jitter)[]) {
-    const bound = name.startsWith("back") ? COPIES / 200 : COPIES / 40;
-    assert(jitter[name] <= bound, `${name}: ${jitter[name]} in one second, more than ${bound}`);
-    assertEquals(none[name], COPIES, `${name}: spread by something other than chance`);
-  }
+const fresh = { lifeLeft: 10 * DAY, age: 0 };
+const due = { lifeLeft: 2 * DAY, age: 8 * DAY };
+const expired = { lifeLeft: -HOUR, age: 11 * DAY };
+
+table<[login: typeof due, outage: number, bound: number]>(`of ${COPIES} copies at once few ask in the same second`, {
+  "restarted, due": [due, 0, COPIES / 40],
+  "logged in together, a week on": [fresh, 0, COPIES / 40],
+  "back after an hour, due": [due, HOUR, COPIES / 200],
+  "back after an hour, expired": [expired, HOUR, COPIES / 200],
+  "restarted, expired (at once, as meant)": [expired, 0, COPIES],
+}, ([login, outage, bound]) => {
+  const [jitter, none] = [fleet(login, outage, chance), fleet(login, outage, () => () => 0)];
+  assert(jitter <= bound, `${jitter} in one second, more than ${bound}`);
+  assertEquals(none, COPIES, "spread by something other than chance");
+  return `at most ${jitter}, without the jitter ${none}`;
 });

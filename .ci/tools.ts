@@ -78,13 +78,13 @@ export async function each<T>(items: Iterable<T>, what: (item: T) => Promise<unk
 export function table<Row>(
   name: string,
   rows: Record<string, Row>,
-  check: (row: Row) => Promise<string | void>,
+  check: (row: Row) => string | void | Promise<string | void>,
   lanes = LANES,
 ): void {
   Deno.test(name, async (t) => {
     const results = new Map<string, PromiseSettledResult<string | void>>();
     await each(Object.entries(rows), async ([what, row]) => {
-      const [result] = await Promise.allSettled([check(row)]);
+      const [result] = await Promise.allSettled([Promise.try(check, row)]);
       results.set(what, result);
     }, lanes);
     for (const [what, result] of results) {
