@@ -1470,13 +1470,19 @@ const POST: Scenario[] = [
     await stage.once("0 refreshed");
     assertEquals((JSON.parse(stage.mock.lastRequestBody()) as Fields).client_id, "app_of ours");
   }),
-  drive("an answer that is compressed all the same is read", {}, async (stage) => {
-    const tokens = stage.mock.login();
-    const body = gzipSync(JSON.stringify(tokens));
-    stage.mock.next({ kind: "raw", body, headers: { "content-encoding": "gzip" } });
-    await stage.once("0 refreshed");
-    assertEquals(stage.tokens(), { ...stage.tokens(), ...tokens });
-  }),
+  ...Object.entries({ "": 0, ", though its trailer is cut off": 4 }).map(([cut, bytes]) =>
+    drive(`an answer that is compressed all the same is read${cut}`, {}, async (stage) => {
+      const tokens = stage.mock.login();
+      const body = gzipSync(JSON.stringify(tokens));
+      stage.mock.next({
+        kind: "raw",
+        body: body.subarray(0, body.length - bytes),
+        headers: { "content-encoding": "GZIP" },
+      });
+      await stage.once("0 refreshed");
+      assertEquals(stage.tokens(), { ...stage.tokens(), ...tokens });
+    })
+  ),
   rotates("tokens that are all usable are all stored", { scope: "openid" }),
   rotates("an id_token that is no JWT is left out", { id_token: "not-a-jwt-at-all" }, "id_token"),
   rotates("a token that is no Unicode text is left out", { access_token: "surrogate-\ud800-alone" }, "access_token"),
@@ -2141,6 +2147,41 @@ const EXEC: Scenario[] = [
     assertEquals(await run.ended, 0, run.stderr);
     assert(run.says(/^exec: event=refreshed failed \(it did not end in time\)/), run.stderr);
     await until("both are gone", () => pids().every((pid) => !fs.existsSync(`/proc/${pid}`)));
+  }),
+  drive("what the operator's command leaves running does not fail it", {}, async (stage) => {
+    const run = await stage.once("0 refreshed", "--exec", "sleep 99 & echo $! >left");
+    Deno.kill(Number(stage.text(join(stage.dir, "left"))));
+    assert(run.says(/^exec: event=refreshed ok$/), run.stderr);
+  }),
+  drive("a token between what the operator's command says to stdout and to stderr stays one", {}, async (stage) => {
+    const token = `sed -n 's/.*"refresh_token": "\\(.*\\)".*/\\1/p' "$CODEX_HOME/auth.json"`;
+    const command = `t=$(${token}); printf "%.9s" "$t"; sleep 1; echo between >&2; sleep 1; echo "\${t#?????????}"`;
+    const run = await stage.once("0 refreshed", "--exec", command);
+    assert(run.says(/^exec: \[redacted\]$/) && run.says(/^exec: between$/), run.stderr);
+  }),
+  drive("a SIGTERM waits for the command in hand, and starts no other", {}, async (stage) => {
+    await stage.once("0 refreshed");
+    await spend(stage, String(stage.tokens().refresh_token));
+    await stage.once("3 fail:permanent_401", "--force");
+    const run = stage.start("--once", "--exec", 'echo "$CODEX_AUTH_EVENT" >>told; sleep 99');
+    await until("it runs", () => told(stage).length > 0);
+    run.kill("SIGTERM");
+    assertEquals([await run.ended, told(stage)], [1, ["refreshed"]], run.stderr);
+  }),
+  drive("each change is told once where no status file can be written", {}, async (stage) => {
+    fs.mkdirSync(join(stage.home, "auth_refresh_status.json"));
+    const run = stage.start("--exec", NOTE);
+    await run.said(/^exec: event=refreshed ok$/);
+    run.kill("SIGHUP");
+    await run.said(/^no-op: fresh/);
+    const dead = stage.mock.login({ accessTokenSeconds: -DAY });
+    await spend(stage, dead.refresh_token);
+    fs.writeFileSync(stage.auth, authJson(dead));
+    run.kill("SIGHUP");
+    await run.said(/^exec: event=unhealthy ok$/);
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
+    assertEquals(told(stage).map((line) => line.split(" ")[0]), ["refreshed", "unhealthy"]);
   }),
   drive("of ten homes three that die at once are told of, each by its name", {}, async (stage) => {
     const planted = Array.from({ length: 10 }, (_, index) => stage.plant(`many${index}`));

@@ -5,10 +5,23 @@
  *
  * @module
  */
-import { assert, assertEquals } from "@std/assert";
+import { assert, assertEquals, assertMatch } from "@std/assert";
 import { DatabaseSync } from "node:sqlite";
 import { authJson, type Behaviour, type MockOptions, type Seen, startMockServer } from "../mock_server.ts";
-import { attempt, built, given, inode, launch, pause, type Running, statOf, textOf, tokenIn, until } from "./tools.ts";
+import {
+  attempt,
+  built,
+  given,
+  inode,
+  launch,
+  pause,
+  repo,
+  type Running,
+  statOf,
+  textOf,
+  tokenIn,
+  until,
+} from "./tools.ts";
 
 const SECOND = 1000;
 const DAY = 86_400;
@@ -219,36 +232,59 @@ scenario("a clock that is moved by a day, either way, delays nothing", async ({ 
   return `a day ahead: refreshed after ${seconds.toFixed(1)} s; a day back: a wait of 20 s took ${early.toFixed(1)} s`;
 });
 
+/** strace that has all calls on a home take four minutes, like those on a mount whose server is gone. */
+const hanging = (dir: string): string[] => {
+  const paths = ["-P", dir, "-P", `${dir}/auth.json`];
+  return ["strace", "-f", "-o", "/dev/null", ...paths, "-e", "inject=all:delay_enter=240s"];
+};
+
+/** What strace holds it keeps from the parent: so whether anything is left of the process itself. */
+const isOver = (pid: number) =>
+  (/^State:\t(.)/m.exec(attempt(() => textOf(`/proc/${pid}/status`)) ?? "")?.[1] ?? "Z") === "Z";
+
 scenario("a home whose disk hangs holds up neither another home nor the end", async ({ login, watch }) => {
   if (Deno.uid() !== 0) return "not tried, for want of root to strace with";
   const [hung, well] = [home(login(3)), home(login(3))];
   const often = { CODEX_AUTH_REFRESH_INTERVAL_SECONDS: "1", CODEX_AUTH_SAFETY_MARGIN_SECONDS: "0" };
   const dog = watch([hung, well], often);
   await dog.said(RegExp(`${hung}\\] refresh: ok`));
-  // Calls on these two paths take four minutes, like those on a mount whose server is gone.
-  const paths = ["-P", hung, "-P", `${hung}/auth.json`];
-  const strace = tool(
-    "strace",
-    "-f",
-    "-p",
-    `${dog.pid}`,
-    ...paths,
-    "-e",
-    "inject=all:delay_enter=240s",
-    "-o",
-    "/dev/null",
-  );
+  const strace = tool(...hanging(hung), "-p", `${dog.pid}`);
   await dog.said(RegExp(`the disk under ${hung} does not answer`), PROMPT);
   await dog.said(RegExp(`${well}\\] refresh: ok`), { ...PROMPT, from: dog.stderr().length });
   dog.kill("SIGTERM");
-  // What strace holds it keeps from the parent, and so is let go once there is nothing left of the process.
-  const state = () => /^State:\t(.)/m.exec(attempt(() => textOf(`/proc/${dog.pid}/status`)) ?? "")?.[1] ?? "Z";
-  const seconds = await until(() => state() === "Z", "the end", PROMPT);
+  const seconds = await until(() => isOver(dog.pid), "the end", PROMPT);
   strace.kill("SIGKILL");
   assertEquals((await dog.ended).code, 0);
   await strace.ended;
   return `ended ${seconds.toFixed(0)} s after a SIGTERM`;
 }, { accessTokenSeconds: 3 });
+
+for (
+  const [what, command] of Object.entries({
+    "an attempt": [built, "--once"],
+    "the status": [built, "--status"],
+    "an attempt under Node.js": [given("CAR_NODE", "node"), given("CAR_BUNDLE", `${repo}/dist/refresh.js`), "--once"],
+  })
+) {
+  scenario(`a disk that hangs from the start does not hold up ${what}`, async ({ mock, login, leave }) => {
+    if (Deno.uid() !== 0) return "not tried, for want of root to strace with";
+    const [hung, well] = [home(login(DAY)), home(login(-DAY))];
+    const run = launch([...hanging(hung), ...command, hung, well], {
+      PATH: given("PATH", ""),
+      CODEX_REFRESH_TOKEN_URL_OVERRIDE: mock.url,
+    });
+    const children = () => attempt(() => textOf(`/proc/${run.pid}/task/${run.pid}/children`).trim()) ?? "";
+    await until(() => children() !== "", "the program runs");
+    const pid = Number(children().split(" ")[0]);
+    leave(() => void attempt(() => Deno.kill(pid, "SIGKILL")));
+    const seconds = await until(() => isOver(pid), "the end", PROMPT);
+    run.kill("SIGKILL");
+    const { output } = await run.ended;
+    assertMatch(output, /on a disk that does not answer|the disk under \S+ does not answer/);
+    assertMatch(output, RegExp(`${well}\\] refresh: ok|${well} +expired`));
+    return `it took ${seconds.toFixed(0)} s`;
+  });
+}
 
 scenario("a command of the operator's has a minute, and is then ended with its children", async ({ login, watch }) => {
   const [dir, pid] = [home(login(-DAY)), `${scratch}/slow_command_pid`];
