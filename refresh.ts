@@ -210,25 +210,19 @@ export async function readHomes(names: readonly string[], env: Environment): Pro
   return [...homes.values()];
 }
 
-/** Calls on disks that have not returned yet, and the device of each auth.json that was seen. */
-const probes = new Map<string | number, Promise<boolean>>();
-const devices = new Map<string, number>();
+/** Calls on the disks of homes that have not returned yet. */
+const probes = new Map<string, Promise<boolean>>();
 
 /**
  * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and would
- * stop the whole process: so another thread makes one first. One for each device that is known: engines have few threads.
+ * stop the whole process: so another thread makes one first. It keeps that thread, of which engines have few.
  */
 async function answers(dir: string): Promise<boolean> {
-  const disk = devices.get(dir) ?? dir;
-  const ask = () =>
-    fs.promises.stat(join(dir, "auth.json"))
-      .then(({ dev }) => devices.set(dir, dev), () => {})
-      .then(() => true)
-      .finally(() => probes.delete(disk));
-  const probe = probes.get(disk) ?? ask();
-  probes.set(disk, probe);
+  const done = () => probes.delete(dir);
+  const probe = probes.get(dir) ?? fs.promises.stat(join(dir, "auth.json")).then(done, done);
+  probes.set(dir, probe);
   const late = new AbortController();
-  const answered = await Promise.race([probe, sleep(HUNG_MS, late.signal).then(() => false)]);
+  const answered = await Promise.race([probe.then(() => true), sleep(HUNG_MS, late.signal).then(() => false)]);
   late.abort();
   return answered;
 }

@@ -281,7 +281,7 @@ for (
     run.kill("SIGKILL");
     const { output } = await run.ended;
     assertMatch(output, /on a disk that does not answer|the disk under \S+ does not answer/);
-    assertMatch(output, RegExp(`${well}\\] refresh: ok|${well} +expired`));
+    assertMatch(output, RegExp(`${well}\\] refresh: ok|the access token expired 1 d ago`));
     return `it took ${seconds.toFixed(0)} s`;
   });
 }
