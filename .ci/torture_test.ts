@@ -9,6 +9,7 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { DatabaseSync } from "node:sqlite";
 import {
   ALL_AT_ONCE,
+  attempt,
   type Call,
   callsOf,
   cases,
@@ -600,6 +601,15 @@ cases("whatever somebody else writes meanwhile stays", {
         Deno.renameSync(`${scene.root}/theirs`, scene.auth);
       });
     },
+    under: slowly,
+    ends: "superseded",
+  },
+  "another login once the answer, carried over, is about to be renamed": {
+    arrange(scene) {
+      const carried = () => attempt(() => textOf(scene.journal()))?.includes('"theirs"') === true;
+      when(scene, carried, () => scene.write(scene.otherLogin())); // now the folder is synced
+    },
+    meanwhile: (scene) => scene.write(scene.withField("theirs")),
     under: slowly,
     ends: "superseded",
   },
