@@ -637,3 +637,16 @@ table(
     assert(ended.said.includes(says), ended.said);
   },
 );
+
+table(
+  "a look at auth.json that fails for want of descriptors is not taken for another login",
+  Object.fromEntries(Array.from({ length: 16 }, (_, index) => [`the ${index + 1}. one`, index + 1])),
+  async (nth) => {
+    await using scene = await Scene.open();
+    const { said } = await scene.once({}, strace(scene, `openat:error=EMFILE:when=${nth}`, scene.auth));
+    assert(!said.includes("superseded"), said);
+    await scene.once();
+    assertEquals([tokenIn(textOf(scene.auth)), scene.asked], [scene.newest, ["redeemed"]], said);
+    return said.includes("EMFILE") ? "told" : undefined;
+  },
+);
