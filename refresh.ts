@@ -24,10 +24,12 @@ import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
+import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 import { parse as parseToml } from "@std/toml/parse";
 
 export const VERSION = "1.0.0";
 
+const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
 const fsync = (fd: number) =>
   new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
 /** A module of the engine when it is first needed: an import would be loaded, and embedded, every time. */
@@ -436,7 +438,7 @@ export function claimsOf(jwt: string): JsonObject | null {
   const [, payload] = /^[^.]*\.([\w-]+)=*\./.exec(jwt) ?? [];
   if (payload === undefined) return null;
   try {
-    const bytes = Buffer.from(payload, "base64url");
+    const bytes = decodeBase64Url(payload);
     const claims: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
     return isObject(claims) ? claims : null;
   } catch {
@@ -782,7 +784,7 @@ const FAILURES: [words: RegExp, detail: string, sent: boolean][] = [
   [/ENOTFOUND|EAI_|dns error|failed to lookup/i, "the host name does not resolve", false],
   [/TUNNEL|proxy/i, "the proxy did not connect", false],
   [/CERT|SIGNATURE|ALTNAME|UnknownIssuer/i, "TLS: certificate refused", false],
-  [/client error \(Connect\)|EHOSTUNREACH|ENETUNREACH/i, "no connection", false],
+  [/client error \(Connect\)|CONNECT_TIMEOUT|EHOSTUNREACH|ENETUNREACH/i, "no connection", false],
   [/TimeoutError/, "no answer in time", true],
   [/ECONNRESET|reset|closed|SendRequest|reading a body|EPIPE/i, "the connection broke", true],
 ];

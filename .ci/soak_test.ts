@@ -259,11 +259,19 @@ scenario("a home whose disk hangs holds up neither another home nor the end", as
   return `ended ${seconds.toFixed(0)} s after a SIGTERM`;
 }, { accessTokenSeconds: 3 });
 
+const node = [given("CAR_NODE", "node"), given("CAR_BUNDLE", `${repo}/dist/refresh.js`)];
+const leave = "read write env net sys=uid".split(" ").map((what) => `--allow-${what}`);
+const FORMS = {
+  executable: [built],
+  node,
+  source: [Deno.execPath(), "run", "--quiet", ...leave, `${repo}/refresh.ts`],
+};
+
 for (
   const [what, command] of Object.entries({
     "an attempt": [built, "--once"],
     "the status": [built, "--status"],
-    "an attempt under Node.js": [given("CAR_NODE", "node"), given("CAR_BUNDLE", `${repo}/dist/refresh.js`), "--once"],
+    "an attempt under Node.js": [...node, "--once"],
   })
 ) {
   scenario(`a disk that hangs from the start does not hold up ${what}`, async ({ mock, login, leave }) => {
@@ -283,6 +291,24 @@ for (
     assertMatch(output, /on a disk that does not answer|the disk under \S+ does not answer/);
     assertMatch(output, RegExp(`${well}\\] refresh: ok|the access token expired 1 d ago`));
     return `it took ${seconds.toFixed(0)} s`;
+  });
+}
+
+/** A network in which packets go out and nothing comes back. */
+const SILENT = `ip link set lo up && ip tuntap add dev silent mode tun && ip addr add 10.0.0.1/24 dev silent &&
+  ip link set silent up && exec "$0" "$@"`;
+
+for (const [form, command] of Object.entries(FORMS)) {
+  scenario(`an endpoint that swallows packets is asked once, and the token not called spent (${form})`, async () => {
+    if (Deno.uid() !== 0) return "not tried, for want of root to make such a network with";
+    const dir = home(dead());
+    const { code, said } = await launch(["unshare", "-n", "sh", "-c", SILENT, ...command, "--once", dir], {
+      PATH: given("PATH", ""),
+      CODEX_REFRESH_TOKEN_URL_OVERRIDE: "http://10.0.0.2/oauth/token",
+      CODEX_AUTH_ALLOW_HTTP: "1",
+    }).ended;
+    assertEquals(code, 2, said);
+    assertMatch(said, /^.*refresh: starting.*\n.*transient failure \(http=000\): no connection.*\n$/);
   });
 }
 
