@@ -1,48 +1,60 @@
 /**
- * `make bench`: what it costs, beside programs that do nothing and the tools that a shell script starts for each step.
- * Prints a Markdown table. Wants hyperfine; GNU time, zstd, python3 and curl where they are there. REFERENCE may name a
- * script to compare with, CODEX_PYTHON the python3 that it takes.
+ * `make bench`: what it costs, beside two floors of the same engine, a program that does nothing and one that imports the
+ * three modules that nobody who reads a file does without, and beside the tools that a shell script starts for each step.
+ * Prints two Markdown tables. Wants hyperfine and GNU time; python3, curl and zstd where they are there. REFERENCE may name
+ * a script to compare with, BEFORE an executable of an earlier version.
  *
  * @module
  */
 import { fileURLToPath } from "node:url";
 import { authJson, startMockServer } from "../mock_server.ts";
+import { median } from "./tools.ts";
 
 const MODES = {
   bare: { title: "does nothing", args: [] as string[], code: 0 },
+  version: { title: "`--version`", args: ["--version"], code: 0 },
   nothing: { title: "`--once`, nothing to do", args: ["--once"], code: 1 },
-  refresh: { title: "`--once`, refreshing", args: ["--once"], code: 0 },
   health: { title: "`--health`", args: ["--health"], code: 0 },
+  refresh: { title: "`--once`, refreshing", args: ["--once"], code: 0 },
 };
 type Mode = keyof typeof MODES;
 
-/** `floor` does nothing under the same engine; `files` are what has to be on the disk. */
-type Program = { name: string; argv: string[]; files: string[]; modes: Mode[]; floor?: Program };
+/** `files` are what has to be on the disk. */
+type Program = { name: string; argv: string[]; files: string[]; modes: Mode[]; floors: Program[] };
 type Timed = { program: Program; mode: Mode; seconds: number[]; peaks: number[] };
 
 const ROUNDS = 8;
 const RUNS = 10;
 const WAIT_SECONDS = 8;
 const DAY = 24 * 3600;
+const WAIT = "if (process.argv.length > 2) setTimeout(() => {}, 3_600_000);\n";
+const FLOORS = {
+  empty: WAIT,
+  imports: `import * as fs from "node:fs";
+import * as path from "node:path";
+import * as buffer from "node:buffer";
+globalThis.used = [fs, path, buffer];
+${WAIT}`,
+};
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const given = (name: string, preset: string) => Deno.env.get(name) || preset;
-const [deno, bun] = [given("CAR_DENO", Deno.execPath()), given("CAR_BUN", "bun")];
+const [deno, bun, node] = [given("CAR_DENO", Deno.execPath()), given("CAR_BUN", "bun"), given("CAR_NODE", "node")];
 const bundle = given("CAR_BUNDLE", `${root}dist/refresh.js`);
-const python = given("CODEX_PYTHON", "/usr/bin/python3");
-const reference = given("REFERENCE", "");
+const [reference, before] = [given("REFERENCE", ""), given("BEFORE", "")];
 
 const scratch = await Deno.makeTempDir({ prefix: "codex_bench_" });
+const memory = `${scratch}/memory`;
 const mock = await startMockServer();
 
 // Neither a proxy nor a setting of the caller's may get in between, nor make's own variables into the make below.
 const foreign = /proxy|^CODEX_|^CAR_|^SSL_CERT|^MAKE|^MFLAGS/i;
 const env = {
   ...Object.fromEntries(Object.entries(Deno.env.toObject()).filter(([name]) => !foreign.test(name))),
-  CODEX_HOME: `${scratch}/home`,
+  CODEX_HOME: `${memory}/home`,
   CODEX_REFRESH_TOKEN_URL_OVERRIDE: mock.url,
-  CODEX_PYTHON: python,
-  TMPDIR: scratch,
+  CODEX_PYTHON: "/usr/bin/python3",
+  TMPDIR: memory,
 };
 const options = { env, clearEnv: true, cwd: scratch, stdin: "null" } as const;
 
@@ -64,7 +76,7 @@ async function compile(engine: string, source: string, to: string): Promise<stri
 /** Before each run a login is put in place: the fresh one, or one of a pool, since none can be redeemed twice. */
 const PREPARE = `cd "$0"; [ $1 = refresh ] || exec cp fresh.json home/auth.json
 for login in pool/*; do exec mv "$login" home/auth.json; done`;
-const prepare = (mode: Mode) => ["sh", "-c", PREPARE, scratch, mode];
+const prepare = (mode: Mode) => ["sh", "-c", PREPARE, memory, mode];
 
 /** A few runs of each, again and again, so that what else the machine does hits all of them alike. */
 async function measure(all: Timed[]): Promise<void> {
@@ -76,7 +88,7 @@ async function measure(all: Timed[]): Promise<void> {
     for (let login = 0; login < all.filter(({ mode }) => mode === "refresh").length * (RUNS + 2); login++) {
       const tokens = mock.login({ accessTokenSeconds: DAY });
       const text = authJson(tokens, new Date(Date.now() - 9 * DAY * 1000));
-      await Deno.writeTextFile(`${scratch}/pool/${round}_${login}`, text);
+      await Deno.writeTextFile(`${memory}/pool/${round}_${login}`, text);
     }
     const { code, err } = await run("hyperfine", "-N", "-i", "-w1", `-r${RUNS}`, "--export-json", json, ...each);
     if (code !== 0) throw new Error(err);
@@ -94,14 +106,11 @@ async function measure(all: Timed[]): Promise<void> {
 }
 
 /**
- * Puts a file into the page cache as a whole, or takes it out, to be read again by the page as it is after a start from
- * an image. A mapped page counts as resident together with those around it that are cached.
+ * Resident and anonymous bytes of a process that waits, and of its children. Its files are taken out of the page cache
+ * before, to be read by the page as after a start from an image: a mapped page counts with those around it that are cached.
  */
-const cache = (file: string, whole: boolean) =>
-  shell(whole ? 'cat "$1" >/dev/null' : 'sync "$1"; dd if="$1" iflag=nocache count=0 2>&-', file);
-
-/** Resident and anonymous bytes of a process that waits, and of its children. */
-async function waiting([command = "", ...args]: string[]): Promise<number[]> {
+async function waiting([command = "", ...args]: string[], files: string[]): Promise<[number, number]> {
+  for (const file of files) await shell('sync "$1"; dd if="$1" iflag=nocache count=0 2>&-', file);
   await run(...prepare("nothing"));
   // A script that is ended leaves its `sleep` behind: that has to end by itself.
   const interval = command === "bash" ? 2 * WAIT_SECONDS : 21600;
@@ -112,101 +121,130 @@ async function waiting([command = "", ...args]: string[]): Promise<number[]> {
   const maps = await shell(family, String(child.pid));
   child.kill();
   await child.status;
-  return ["Rss", "Anonymous"].map((field) =>
-    1024 * [...maps.matchAll(new RegExp(`^${field}: *(\\d+)`, "gm"))].reduce((sum, [, kB]) => sum + Number(kB), 0)
-  );
+  const sum = (field: string) =>
+    1024 * [...maps.matchAll(new RegExp(`^${field}: *(\\d+)`, "gm"))].reduce((sum, [, kB]) => sum + Number(kB), 0);
+  return [sum("Rss"), sum("Anonymous")];
 }
 
-const mean = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
-const sigma = (values: number[]) => Math.sqrt(mean(values.map((value) => (value - mean(values)) ** 2)));
-const median = (values: number[]) => values.toSorted((a, b) => a - b)[values.length >> 1] ?? NaN;
-const ms = (seconds: number) => (seconds * 1000).toFixed(1);
+const sizeOf = (files: string[]) => files.reduce((sum, file) => sum + Deno.statSync(file).size, 0);
 const MB = (bytes: number, digits = 1) => `${(bytes / 1e6).toFixed(digits)} MB`;
 const MiB = (bytes: number) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 const ratio = (one: number, other: number) => `${(one / other).toFixed(2)} ×`;
+const table = (...rows: string[][]) =>
+  console.log(
+    [rows[0]!, rows[0]!.map(() => "---"), ...rows.slice(1)].map((row) => `| ${row.join(" | ")} |\n`).join(""),
+  );
 
 if (!await has("hyperfine")) throw new Error("hyperfine is not on PATH; in Debian it is a package of that name");
-for (const folder of ["home", "pool"]) await Deno.mkdir(`${scratch}/${folder}`);
-await Deno.writeTextFile(`${scratch}/fresh.json`, authJson(mock.login()));
-const idle = `${scratch}/idle.js`;
-await Deno.writeTextFile(idle, "if (process.argv.length > 2) setTimeout(() => {}, 3_600_000);\n");
-
 const notes: string[] = [];
+await Deno.mkdir(memory);
+// What a disk takes for its fsync is not ours.
+const mounted = await run("mount", "-t", "tmpfs", "none", memory);
+if (mounted.code !== 0) notes.push(`The homes are on no memory disk: ${mounted.err}`);
+globalThis.addEventListener("unload", () => {
+  new Deno.Command("umount", { args: [memory], stderr: "null" }).outputSync();
+  Deno.removeSync(scratch, { recursive: true });
+});
+for (const folder of ["home", "pool"]) await Deno.mkdir(`${memory}/${folder}`);
+await Deno.writeTextFile(`${memory}/fresh.json`, authJson(mock.login()));
+
 const ours: Program[] = [];
-const add = (name: string, argv: string[], files: string[], floor: Pick<Program, "argv" | "files">) =>
-  ours.push({ name, argv, files, modes: ["nothing", "refresh", "health"], floor: { name, modes: ["bare"], ...floor } });
+/** A form of the program with its floors; `form` makes one of a script. */
+async function add(
+  name: string,
+  script: string,
+  form: (script: string, as: string) => Promise<Omit<Program, "name" | "modes" | "floors">>,
+) {
+  const floors: Program[] = [];
+  for (const [floor, text] of Object.entries(FLOORS)) {
+    const source = `${scratch}/${floor}.mjs`;
+    await Deno.writeTextFile(source, text);
+    const title = floor === "empty" ? name : `${name}, three imports`;
+    floors.push({ name: title, modes: ["bare"], floors: [], ...await form(source, floor) });
+  }
+  ours.push({ name, modes: ["version", "nothing", "health", "refresh"], floors, ...await form(script, "program") });
+}
 for (const engine of ["Bun", "Deno"]) {
-  const [program, floor] = [`${scratch}/program_${engine}`, `${scratch}/idle_${engine}`];
-  const make = (from: string, to: string) => compile(engine.toLowerCase(), from, to);
-  const failed = await make(bundle, program) ?? await make(idle, floor);
-  if (failed !== null) notes.push(`No ${engine} executable could be built here: ${failed}`);
-  else add(`${engine} executable`, [program], [program], { argv: [floor], files: [floor] });
+  const form = async (script: string, as: string) => {
+    const file = `${scratch}/${as}_${engine}`;
+    const failed = await compile(engine.toLowerCase(), script, file);
+    if (failed !== null) throw new Error(failed);
+    return { argv: [file], files: [file] };
+  };
+  await add(`${engine} executable`, bundle, form).catch(({ message }) =>
+    notes.push(`No ${engine} executable could be built here: ${message}`)
+  );
 }
 const permissions = (await Deno.readTextFile(`${root}refresh.ts`)).split("\n", 1)[0]?.match(/--allow-\S+/g) ?? [];
-const [source, script] = [[deno, "run", "--quiet", ...permissions], `${root}refresh.ts`];
-add("Deno, from source", [...source, script], [deno, script], { argv: [...source, idle], files: [deno, idle] });
-const floors = ours.flatMap(({ floor }) => floor ?? []);
+const under = (...engine: string[]) => (script: string) =>
+  Promise.resolve({ argv: [...engine, script], files: [engine[0]!, script] });
+await add("Deno, from source", `${root}refresh.ts`, under(deno, "run", "--quiet", ...permissions));
+await add("Node.js, from the bundle", bundle, under(node));
 
 const others: Program[] = [];
-const other = (name: string, argv: string[], ...modes: Mode[]) => others.push({ name, argv, files: [], modes });
+const other = (name: string, argv: string[], ...modes: Mode[]) =>
+  others.push({ name, argv, files: [], modes, floors: [] });
 const asked = `http://127.0.0.1:${mock.port}/mock/next`;
-if (await has(python)) other("`python3 -c pass`", [python, "-c", "pass"], "bare");
+if (await has(env.CODEX_PYTHON)) other("`python3 -c pass`", [env.CODEX_PYTHON, "-c", "pass"], "bare");
 if (await has("curl")) other("`curl` to the mock server", ["curl", "-s", "-d{}", asked], "bare");
+if (before) other("the earlier executable", [before], "version", "nothing", "health", "refresh");
 if (reference) other("the script", ["bash", reference], "nothing", "refresh");
 else notes.push("No script to compare with: REFERENCE is not set.");
 
-for (const { files } of [...floors, ...ours]) for (const file of files) await cache(file, true);
-const timed = [...floors, ...ours, ...others].flatMap((program) =>
-  program.modes.map((mode): Timed => ({ program, mode, seconds: [], peaks: [] }))
-);
+const all = [...ours.flatMap((program) => [...program.floors, program]), ...others];
+const timed = all.flatMap((program) => program.modes.map((mode): Timed => ({ program, mode, seconds: [], peaks: [] })));
 await measure(timed);
 
-const rows = [["", "program", "mean ± σ", "to its floor", "to the script", "memory", "to its floor"]];
-rows.push(rows[0]?.map(() => "---") ?? []);
-for (const mode of Object.keys(MODES) as Mode[]) {
-  const rival = timed.find((each) => each.mode === mode && each.program.argv[0] === "bash");
-  for (const { program, seconds, peaks } of timed.filter((each) => each.mode === mode)) {
-    const floor = timed.find((each) => each.program === program.floor);
-    rows.push([
-      MODES[mode].title,
-      program.name,
-      `${ms(mean(seconds))} ± ${ms(sigma(seconds))} ms`,
-      floor ? ratio(median(seconds), median(floor.seconds)) : "",
-      rival && rival.program !== program ? `1 : ${(median(rival.seconds) / median(seconds)).toFixed(1)}` : "",
-      `${MiB(median(peaks))} at most`,
-      floor ? ratio(median(peaks), median(floor.peaks)) : "",
-    ]);
-  }
-}
-for (const { name, argv, files, floor } of [...ours, ...others.filter(({ argv }) => argv[0] === "bash")]) {
-  for (const whole of floor ? [false, true] : [true]) {
-    for (const file of [...files, ...floor?.files ?? []]) await cache(file, whole);
-    const [resident = 0, anonymous = 0] = await waiting(argv);
-    const [least = NaN, leastAnonymous = NaN] = floor ? await waiting([...floor.argv, "wait"]) : [];
-    const memory = `${MiB(resident)}, ${MiB(anonymous)} anonymous`;
-    const more = floor ? `${ratio(resident, least)}, ${ratio(anonymous, leastAnonymous)}` : "";
-    rows.push([`waiting${whole ? "" : ", read by the page"}`, name, "", "", "", memory, more]);
-  }
-}
-const packers = ["cat", "gzip -9", ...await has("zstd") ? ["zstd -9"] : []];
-for (const { name, files, floor } of ours) {
-  const sizes = await Promise.all(packers.map((packer) => shell(`cat "$@" | ${packer} | wc -c`, ...files)));
-  const text = sizes.map((size, index) => `${MB(Number(size))}${index ? ` by \`${packers[index]}\`` : ""}`).join(", ");
-  const more = Number(sizes[0]) - Number(await shell('cat "$@" | wc -c', ...floor?.files ?? []));
-  rows.push(["size", name, text, `+${MB(more, 2)}`, "", "", ""]);
-}
-
-const version = (...argv: string[]) => shell('"$@" 2>&1 | sed "s/ (.*//; q"', ...argv);
-const tools = [await version(python, "-V"), await version("curl", "-V"), await version("bash", "--version")];
-const versions = [`Deno ${Deno.version.deno}`, `Bun ${await version(bun, "-v")}`, ...tools];
 const cpu = await shell("sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1") || Deno.build.arch;
-const machine = `${cpu}, ${navigator.hardwareConcurrency} cores, Linux ${Deno.osRelease()}`;
-console.log(`${new Date().toISOString().slice(0, 10)}, ${machine}, ${versions.join(", ")}.
-${ROUNDS * RUNS} runs of each, in ${ROUNDS} rounds; ratios are those of the medians. The mock server shares the cores.
-Floor: a program that does nothing, by the same engine. Executables are in the page cache as a whole, where it does not
-say "read by the page". Waiting: after ${WAIT_SECONDS} s.\n`);
-for (const row of rows) console.log(`| ${row.join(" | ")} |`);
-for (const note of notes) console.log(`\n${note}`);
+console.log(
+  `${new Date().toISOString().slice(0, 10)}, ${cpu}, ${navigator.hardwareConcurrency} cores, Linux ${Deno.osRelease()}.
+Medians of ${
+    ROUNDS * RUNS
+  } runs, in ${ROUNDS} rounds of all; ratios are those of the medians. The mock server shares the cores.
+Floors: programs of the same engine, one empty, one that imports node:fs, node:path and node:buffer.
+`,
+);
+const rows = Object.entries(MODES).flatMap(([mode, { title }]) => {
+  const those = timed.filter((each) => each.mode === mode);
+  const rival = those.find(({ program }) => program.argv[1] === reference);
+  return those.map(({ program, seconds, peaks }) => {
+    const floors = program.floors.map((floor) => timed.find((each) => each.program === floor)!);
+    const toFloors = ["", ""].map((none, index) =>
+      floors[index] ? ratio(median(seconds), median(floors[index].seconds)) : none
+    );
+    const toScript = rival && rival.program !== program
+      ? `1 : ${(median(rival.seconds) / median(seconds)).toFixed(1)}`
+      : "";
+    return [
+      title,
+      program.name,
+      `${(median(seconds) * 1000).toFixed(1)} ms`,
+      ...toFloors,
+      toScript,
+      MiB(median(peaks)),
+    ];
+  });
+});
+table(
+  ["", "program", "time", "to the empty floor", "to the three imports", "to the script", "memory at most"],
+  ...rows,
+);
+
+const sizes = [["program", "size", "above the three imports", `waiting for ${WAIT_SECONDS} s`, "to the empty floor"]];
+for (const { name, argv, files, floors } of [...ours, ...others.filter(({ modes }) => modes.includes("nothing"))]) {
+  const [empty, imports] = floors;
+  const packed = await shell('cat "$@" | gzip -9 | wc -c', ...files);
+  const [resident, anonymous] = await waiting(argv, files);
+  const [least, leastAnonymous] = empty ? await waiting([...empty.argv, "wait"], empty.files) : [NaN, NaN];
+  sizes.push([
+    name,
+    files.length > 0 ? `${MB(sizeOf(files))}, ${MB(Number(packed))} by \`gzip -9\`` : "",
+    imports ? `+${MB(sizeOf(files) - sizeOf(imports.files), 2)}` : "",
+    `${MiB(resident)}, ${MiB(anonymous)} anonymous`,
+    empty ? `${ratio(resident, least)}, ${ratio(anonymous, leastAnonymous)}` : "",
+  ]);
+}
+table(...sizes);
+for (const note of notes) console.log(note);
 
 await mock.close();
-await Deno.remove(scratch, { recursive: true });
