@@ -24,6 +24,7 @@ import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
+import type { DatabaseSync } from "node:sqlite";
 import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 import { parse as parseToml } from "@std/toml/parse";
 
@@ -895,9 +896,6 @@ function locate(home: Home): Target {
 // are the Codex CLI's, and left to it: where flock and POSIX locks are one (NFS, macOS), a lock of ours on them would
 // make it throw an answer away.
 
-type Database = { exec(sql: string): void; close(): void };
-type Engine = new (path: string, options: { timeout: number }) => Database;
-
 /** A home's turn. It takes one of few places, which it may give back early. */
 interface Lock {
   giveWay(): void;
@@ -908,40 +906,43 @@ interface Lock {
 
 const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
-// A semaphore: so many attempts at a time.
 let places = PLACES;
 const queue: (() => void)[] = [];
-const enter = () => places > 0 ? Promise.resolve(void places--) : new Promise<void>((go) => queue.push(go));
-const leave = () => queue.length > 0 ? queue.shift()?.() : void places++;
+
+/** Waits for one of the places; what is returned gives it back, once. */
+async function takePlace(): Promise<() => void> {
+  if (places > 0) places--;
+  else await new Promise<void>((go) => queue.push(go));
+  let held = true;
+  return () => {
+    if (!held) return;
+    held = false;
+    const next = queue.shift();
+    if (next === undefined) places++;
+    else next();
+  };
+}
 
 /** Takes a home's turn; null where it was not to be had within 180 s, or before `stop`. Throws what the disk throws. */
-async function takeLock({ path, owner }: Target, stop: AbortSignal): Promise<Lock | null> {
-  const { DatabaseSync } = builtin("node:sqlite");
+async function takeLock(target: Target, stop: AbortSignal): Promise<Lock | null> {
   const deadline = uptime() + LOCK_WAIT_MS;
   while (!stop.aborted) {
-    await enter();
-    let held = true;
-    const giveWay = () => {
-      if (held) leave();
-      held = false;
-    };
-    let locked: Pick<Lock, "holds" | "release"> | null = null;
+    const giveWay = await takePlace();
+    let lock: Lock | null = null;
     try {
-      locked = tryLock(DatabaseSync, lockOf(path), owner);
+      lock = tryLock(target, giveWay);
     } finally {
-      if (locked === null) giveWay();
+      if (lock === null) giveWay();
     }
-    if (locked !== null) {
-      const { holds, release } = locked;
-      return { giveWay, holds, release: () => (giveWay(), release()) };
-    }
-    if (uptime() >= deadline) return null;
+    if (lock !== null || uptime() >= deadline) return lock;
     await sleep(50 + 200 * Math.random(), stop);
   }
   return null;
 }
 
-function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]) {
+/** The lock, if it is free. */
+function tryLock({ path: auth, owner }: Target, giveWay: () => void): Lock | null {
+  const path = lockOf(auth);
   try {
     fs.closeSync(createPrivate(path, owner));
   } catch (error) {
@@ -952,32 +953,28 @@ function tryLock(DatabaseSync: Engine, path: string, owner: Target["owner"]) {
   const before = fs.lstatSync(path);
   if (!before.isFile()) throw new CannotStart(`${path} is not a file`);
   if (owner !== null && before.uid !== owner.uid && before.nlink === 1) fs.lchownSync(path, owner.uid, owner.gid);
-  let database: Database | null = null;
+  // A file that was replaced meanwhile is one that nobody else will find.
+  const holds = () => {
+    const now = statOf(path, fs.lstatSync);
+    return now?.ino === before.ino && now.dev === before.dev;
+  };
+  let database: DatabaseSync | null = null;
+  let locked = false;
   try {
-    const held = database = new DatabaseSync(path, { timeout: 0 });
-    held.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
-    held.exec("BEGIN EXCLUSIVE");
-    held.exec("CREATE TABLE held (x)"); // fails where SQLite could open the file for reading only: then the lock is shared
-    // A file that was replaced meanwhile is one that nobody else will find.
-    const holds = () => {
-      try {
-        const after = fs.lstatSync(path);
-        return after.ino === before.ino && after.dev === before.dev;
-      } catch {
-        return false;
-      }
-    };
-    if (holds()) return { holds, release: () => held.close() };
+    database = new (builtin("node:sqlite").DatabaseSync)(path, { timeout: 0 });
+    database.exec("PRAGMA journal_mode=MEMORY"); // nothing is ever written, so no journal beside it either
+    database.exec("BEGIN EXCLUSIVE");
+    database.exec("CREATE TABLE held (x)"); // fails where SQLite could open it for reading only: then the lock is shared
+    locked = holds();
+    return locked ? { giveWay, holds, release: () => (giveWay(), database?.close()) } : null;
   } catch (error) {
-    const why = error instanceof Error ? error.message : "";
-    if (!why.includes("database is locked")) {
-      database?.close();
-      const mine = [0, before.uid].includes(process.getuid?.() ?? 0);
-      throw new CannotStart(`${path} cannot be locked: ${mine ? why : `no permission, it is user ${before.uid}'s`}`);
-    }
+    const why = (error as Error).message;
+    if (why.includes("database is locked")) return null;
+    const mine = [0, before.uid].includes(process.getuid?.() ?? 0);
+    throw new CannotStart(`${path} cannot be locked: ${mine ? why : `no permission, it is user ${before.uid}'s`}`);
+  } finally {
+    if (!locked) database?.close();
   }
-  database?.close();
-  return null;
 }
 
 // Files that are there whole or not at all.
