@@ -1914,6 +1914,109 @@ export async function attempt(
   }
 }
 
+/** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
+async function attemptLocked(
+  home: Home,
+  target: Target,
+  context: Context,
+  lock: Lock,
+  expected: Secret | null,
+): Promise<Ending | null> {
+  const { settings, force, stop, clock } = context;
+  if (await rollForward(target, perseverance(home, lock, context))) {
+    return refreshed("rolled forward", "rolled_forward");
+  }
+  const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
+  if (!verdict.due) return skipped(verdict, target.path, home);
+  if (expected !== null && expected.fingerprint() !== verdict.token.fingerprint()) return SUPERSEDED;
+  const dead = knownDead(home, context, verdict.token);
+  if (dead !== null || stop.aborted) return dead;
+  return await redeem(home, target, context, lock, verdict);
+}
+
+/** Spends the refresh token and stores what it brings: proof, request, store. */
+async function redeem(
+  home: Home,
+  target: Target,
+  context: Context,
+  lock: Lock,
+  { token, document, reasons }: Refresh,
+): Promise<Ending | null> {
+  const { settings, log, force, stop, clock } = context;
+  const sent = token.fingerprint();
+  const roots = readRoots(settings);
+  const journal = journalOf(target, sent);
+  const room = await prove(journal, Buffer.byteLength(render(document)) + ROOM_BYTES, settings.inPlace);
+  let answer: Answer | null = null;
+  try {
+    // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
+    const isDue = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
+    const again = await readSettled(target.path);
+    if (stop.aborted) return null;
+    if (!isDue(again)) {
+      if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
+      const now = decide(again, clock.now(), settings, force);
+      const unknown = again.kind === "empty" || again.kind === "unreadable";
+      return unknown && !now.due ? skipped(now, target.path, home) : SUPERSEDED;
+    }
+    const endpoint = settings.url.origin + settings.url.pathname;
+    log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${reasons})`);
+    const still = async () => isDue(await readSettled(target.path));
+    answer = await post(token, settings, roots, stop, still, log);
+    if (answer.kind === "granted") {
+      const { grant, status, unusable } = answer;
+      const stored = await store(journal, room, document, grant, perseverance(home, lock, context));
+      if (stored === "superseded") return SUPERSEDED;
+      const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
+      return refreshed(`http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`);
+    }
+  } finally {
+    if (answer?.kind !== "granted") {
+      closeQuietly(room);
+      removeJournal(journal);
+    }
+  }
+  lock.giveWay();
+  if (answer.kind === "permanent") {
+    if (await movesOn(target.path, sent)) return SUPERSEDED;
+    const rescued = isDead(answer) ? await rescue(journal, perseverance(home, lock, context)) : null;
+    if (rescued?.stored === "superseded") return SUPERSEDED;
+    if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
+  }
+  return refused(answer, sent, home);
+}
+
+/** Whether auth.json comes to hold another refresh token, or goes. */
+async function movesOn(path: string, sent: string): Promise<boolean> {
+  for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
+    const now = await readSettled(path);
+    if (now.kind === "absent" || now.kind === "whole" && fingerprintIn(now) !== sent) return true;
+  }
+  return false;
+}
+
+/**
+ * How an answer that is in hand is stored. Where it cannot be yet, other homes go on, the status tells of it each minute
+ * and the log once.
+ */
+function perseverance(home: Home, lock: Lock, { settings, log, patience }: Context): Perseverance {
+  const since = uptime();
+  let [told, logged] = [-Infinity, false];
+  const onFailure = (error: unknown) => {
+    lock.giveWay();
+    const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
+    if (uptime() - told > MINUTE) {
+      const now = iso(Date.now()) ?? "";
+      writeStatus(home, log, () => ({ watchdog_last_outcome: "fail:store", watchdog_last_run_iso: now, detail }));
+      told = uptime();
+    }
+    if (logged || uptime() - since <= MINUTE) return;
+    log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
+    logged = true;
+  };
+  return { inPlace: settings.inPlace, giveUpAt: () => patience(since), onFailure };
+}
+
 // The endings.
 
 const SUPERSEDED: Ending = {
@@ -2003,98 +2106,6 @@ function record(home: Home, ending: Ending, { credential }: Verdict, log: Log, n
       ...(done || gone || rejected !== null ? { rejected_refresh_token_sha256: rejected } : {}),
     };
   });
-}
-
-/** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
-async function attemptLocked(
-  home: Home,
-  target: Target,
-  context: Context,
-  lock: Lock,
-  expected: Secret | null,
-): Promise<Ending | null> {
-  const { settings, log, force, stop, patience, clock } = context;
-  const { inPlace } = settings;
-  const persevering = (since: number): Perseverance => (
-    { inPlace, giveUpAt: () => patience(since), onFailure: tellOfTrouble(home, lock, log, since) }
-  );
-  if (await rollForward(target, persevering(uptime()))) {
-    return refreshed("rolled forward", "rolled_forward");
-  }
-
-  const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
-  if (!verdict.due) return skipped(verdict, target.path, home);
-  const sent = verdict.token.fingerprint();
-  if (expected !== null && expected.fingerprint() !== sent) return SUPERSEDED;
-  const dead = knownDead(home, context, verdict.token);
-  if (dead !== null || stop.aborted) return dead;
-
-  const roots = readRoots(settings);
-  const journal = journalOf(target, sent);
-  const room = await prove(journal, Buffer.byteLength(render(verdict.document)) + ROOM_BYTES, inPlace);
-  let answer: Answer | null = null;
-  try {
-    // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-    const isDue = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
-    const again = await readSettled(target.path);
-    if (stop.aborted) return null;
-    if (!isDue(again)) {
-      if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
-      const now = decide(again, clock.now(), settings, force);
-      const unknown = again.kind === "empty" || again.kind === "unreadable";
-      return unknown && !now.due ? skipped(now, target.path, home) : SUPERSEDED;
-    }
-    const endpoint = settings.url.origin + settings.url.pathname;
-    log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${verdict.reasons})`);
-    const still = async () => isDue(await readSettled(target.path));
-    answer = await post(verdict.token, settings, roots, stop, still, log);
-    if (answer.kind === "granted") {
-      const { grant, status, unusable } = answer;
-      const stored = await store(journal, room, verdict.document, grant, persevering(uptime()));
-      if (stored === "superseded") return SUPERSEDED;
-      const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
-      return refreshed(`http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`);
-    }
-  } finally {
-    if (answer?.kind !== "granted") {
-      closeQuietly(room);
-      removeJournal(journal);
-    }
-  }
-  lock.giveWay();
-  if (answer.kind === "permanent") {
-    if (await movesOn(target.path, sent)) return SUPERSEDED;
-    const rescued = isDead(answer) ? await rescue(journal, persevering(uptime())) : null;
-    if (rescued?.stored === "superseded") return SUPERSEDED;
-    if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
-  }
-  return refused(answer, sent, home);
-}
-
-/** Whether auth.json comes to hold another refresh token, or goes. */
-async function movesOn(path: string, sent: string): Promise<boolean> {
-  for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
-    const now = await readSettled(path);
-    if (now.kind === "absent" || now.kind === "whole" && fingerprintIn(now) !== sent) return true;
-  }
-  return false;
-}
-
-/** Tells of an answer that cannot be stored yet, the status each minute and the log once, and lets other homes go on. */
-function tellOfTrouble(home: Home, lock: Lock, log: Log, since: number): (error: unknown) => void {
-  let [told, logged] = [-Infinity, false];
-  return (error) => {
-    lock.giveWay();
-    const detail = `${describeDisk(error)}; the answer is stored as soon as that is over`;
-    if (uptime() - told > MINUTE) {
-      const now = iso(Date.now()) ?? "";
-      writeStatus(home, log, () => ({ watchdog_last_outcome: "fail:store", watchdog_last_run_iso: now, detail }));
-      told = uptime();
-    }
-    if (logged || uptime() - since <= MINUTE) return;
-    log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
-    logged = true;
-  };
 }
 
 // Telling the operator: a command of theirs runs after a refresh and when a home's state changes. It runs beside all the
@@ -2657,58 +2668,39 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   }
   const guarded = homes.length > 1 || flags.listen !== undefined;
   const views = () => viewAll(homes, settings, flags.verbose, guarded);
-  if (flags.json) return await print(showJson(await views()));
-  if (flags.status) {
-    const colour = !env.NO_COLOR && builtin("node:tty").isatty(1);
-    return await print(showStatus(await views(), colour, Date.now()));
-  }
-  if (flags.metrics) return await print(showMetrics(await views()));
-  if (flags.health) {
-    const all = await views();
-    await print(showHealth(all));
-    return Number(all.some(({ state }) => state === "unhealthy"));
-  }
+  if (flags.status || flags.health || flags.metrics) return await show(flags, await views(), !env.NO_COLOR);
 
   const logOf = (home: Home | null) => logTo(write, settings.logFormat, home, homes.length > 1);
   const log = logOf(null);
-  const warn = async (home: Home) => {
-    if (!flags.once && !await answers(home.dir)) return; // which the loop tells
+  const warn = (home: Home) => {
     for (const each of oddities(home)) log("warning", "odd_home", `${home.dir}: ${each}`);
   };
-  const stopping = new AbortController();
-  const stop = stopping.signal;
-  const stopOn = (...signals: NodeJS.Signals[]) => {
-    for (const signal of signals) {
-      process.on(signal, () => {
-        if (!stop.aborted) log("info", "stopping", `watchdog: ${signal}, finishing what is in hand`);
-        stopping.abort();
-      });
-    }
-  };
-  stopOn(...ENDING_SIGNALS);
+  // With --once a terminal that closes must not cost an answer either.
+  const stop = stopOn(flags.once ? [...ENDING_SIGNALS, "SIGHUP"] : ENDING_SIGNALS, log);
   const { tell, told } = teller(flags.exec ?? null, { ...env }, settings, stop);
   // What they say is in the settings; each engine would read them its own way.
   for (const name of Object.keys(env).filter((name) => /^(https?|all|no)_proxy$/i.test(name))) delete process.env[name];
   if (flags.once) {
-    stopOn("SIGHUP"); // a terminal that closes must not cost an answer
     const patience = (since: number) => since + MINUTE;
     const context = { settings, force: flags.force, stop, patience, clock: CLOCK };
-    const endings = await Promise.all(homes.map(async (home) => {
+    const codes = homes.map(async (home) => {
       const log = logOf(home);
-      if (guarded && !await reaches(home, log)) return null;
+      if (guarded && !await reaches(home, log)) return 2;
       const ending = await attempt(home, { ...context, log });
       tell(home, log);
-      return ending;
-    }));
+      // A login that is not in auth.json may be where we do not look.
+      if (ending?.outcome === "skip:no_auth_json") warn(home);
+      return ending === null ? 2 : exitCode(ending.outcome);
+    });
+    const code = worstExit(await Promise.all(codes));
     await told();
-    // A login that is not in auth.json may be where we do not look.
-    await Promise.all(homes.filter((_, index) => endings[index]?.outcome === "skip:no_auth_json").map(warn));
-    return worstExit(endings.map((ending) => ending === null ? 2 : exitCode(ending.outcome)));
+    return code;
   }
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
-  await Promise.all(homes.map(warn));
+  // Of a home that does not answer the loop itself tells.
+  await Promise.all(homes.map(async (home) => await answers(home.dir) && warn(home)));
   if (address !== null) {
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);
@@ -2716,6 +2708,27 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look), CLOCK, tell);
   await told();
   return 0;
+}
+
+/** Prints what was asked for by a mode that only looks; its exit code. */
+async function show(flags: ReturnType<typeof readArguments>, views: View[], colours: boolean): Promise<number> {
+  if (flags.json) return await print(showJson(views));
+  if (flags.status) return await print(showStatus(views, colours && builtin("node:tty").isatty(1), Date.now()));
+  if (flags.metrics) return await print(showMetrics(views));
+  await print(showHealth(views));
+  return Number(views.some(({ state }) => state === "unhealthy"));
+}
+
+/** Aborted by the first of these signals. */
+function stopOn(signals: readonly NodeJS.Signals[], log: Log): AbortSignal {
+  const stopping = new AbortController();
+  for (const signal of signals) {
+    process.on(signal, () => {
+      if (!stopping.signal.aborted) log("info", "stopping", `watchdog: ${signal}, finishing what is in hand`);
+      stopping.abort();
+    });
+  }
+  return stopping.signal;
 }
 
 /** ADDR:PORT, or PORT alone, which is one on loopback. */
