@@ -25,6 +25,7 @@ import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
 import type { DatabaseSync } from "node:sqlite";
+import { parseArgs } from "node:util";
 import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 import { parse as parseToml } from "@std/toml/parse";
 
@@ -33,8 +34,11 @@ export const VERSION = "1.0.0";
 const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
 const fsync = (fd: number) =>
   new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
-/** A module of the engine when it is first needed: an import would be loaded, and embedded, every time. */
-const builtin = process.getBuiltinModule;
+/**
+ * A module of the engine when it is first needed: an import would be loaded every time. The function, too, is looked up
+ * late: Deno takes two milliseconds to make it.
+ */
+const builtin = ((name: string) => process.getBuiltinModule(name)) as typeof process.getBuiltinModule;
 const versions: Readonly<Record<string, string | undefined>> = process.versions;
 const ENGINE = versions.deno !== undefined ? "deno" : versions.bun !== undefined ? "bun" : "node";
 const SECOND = 1000;
@@ -2549,7 +2553,7 @@ const FLAGS = {
 
 function parse(args: readonly string[]) {
   try {
-    return builtin("node:util").parseArgs({ args: [...args], options: FLAGS, allowPositionals: true });
+    return parseArgs({ args: [...args], options: FLAGS, allowPositionals: true });
   } catch (error) {
     throw new UsageError((error as Error).message.replace(/\. To specify.*/s, "").replaceAll("\n", " "));
   }
@@ -2677,9 +2681,10 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   };
   // With --once a terminal that closes must not cost an answer either.
   const stop = stopOn(flags.once ? [...ENDING_SIGNALS, "SIGHUP"] : ENDING_SIGNALS, log);
-  const { tell, told } = teller(flags.exec ?? null, { ...env }, settings, stop);
+  const inherited = { ...env };
   // What they say is in the settings; each engine would read them its own way.
-  for (const name of Object.keys(env).filter((name) => /^(https?|all|no)_proxy$/i.test(name))) delete process.env[name];
+  for (const name of Object.keys(inherited)) if (/^(https?|all|no)_proxy$/i.test(name)) delete process.env[name];
+  const { tell, told } = teller(flags.exec ?? null, inherited, settings, stop);
   if (flags.once) {
     const patience = (since: number) => since + MINUTE;
     const context = { settings, force: flags.force, stop, patience, clock: CLOCK };

