@@ -1020,6 +1020,16 @@ function output(program: string, ...args: string[]): string {
   return text(stdout);
 }
 
+/** Whether there is such a program, and it succeeds. */
+function works(program: string, ...args: string[]): boolean {
+  try {
+    output(program, ...args);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** Waits for a condition, and for no longer than it may take. */
 async function until(what: string, holds: () => boolean, seconds = 40): Promise<void> {
   for (const end = Date.now() + seconds * 1000; !holds(); await sleep(10)) {
@@ -1267,11 +1277,7 @@ async function perform(scenario: Scenario, form: string, dir: string): Promise<v
 const pem = (name: string) => join(scratch, `${name}.pem`);
 function makeCertificates(): MockOptions["tls"] {
   const openssl = (command: string) => output("openssl", ...command.split(" "));
-  try {
-    openssl("version");
-  } catch {
-    return undefined; // then what needs certificates is skipped
-  }
+  if (!works("openssl", "version")) return undefined; // then what needs certificates is skipped
   const key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout";
   fs.writeFileSync(pem("names"), "subjectAltName=DNS:localhost,IP:127.0.0.1\n");
   openssl(`req -x509 ${key} ${pem("root_key")} -out ${pem("root")} -days 2 -subj /CN=root`);
@@ -1397,6 +1403,7 @@ const TELLS_READS = (() => {
   fs.readFileSync(path);
   return told();
 })();
+const MOUNTS = works("unshare", "--mount", "mount", "-t", "tmpfs", "none", scratch);
 /** The answer to the first request waits until this is called. */
 function hold({ mock }: Stage): () => void {
   const { promise, resolve } = Promise.withResolvers<void>();
@@ -2003,6 +2010,38 @@ const STATUS: Scenario[] = [
     assertEquals([await run.ended, stage.isNewest(), stage.temporaries()], [0, true, []], run.stderr);
     assertEquals(run.count(/^status: \/.*: cannot be written \(\w+\)$/), 1, run.stderr);
   }),
+  drive("--status and --health wait for a writer who is in the middle of it", {
+    ...FRESH,
+    skip: !TELLS_READS,
+  }, async (stage) => {
+    const text = stage.text() ?? "";
+    for (
+      const [mode, says] of [["--status", /: healthy, fresh\n/], [
+        "--health",
+        /^\nhealthy: DIR\/home: fresh\n$/,
+      ]] as const
+    ) {
+      fs.writeFileSync(stage.auth, text.slice(0, 99));
+      const read = readLater(stage.auth);
+      const run = stage.start(mode);
+      await until("a look at what is not whole", read);
+      fs.writeFileSync(stage.auth, text);
+      assertEquals(await run.ended, 0, run.stdout + run.stderr);
+      assertMatch(shown(stage, run.stdout), says);
+    }
+  }),
+  drive("--status warns of an auth.json that is a mount of its own", { ...FRESH, skip: !MOUNTS }, async (stage) => {
+    const mount = 'mount -t tmpfs none "$0" && cp "$1" "$0" && mount --bind "$0/auth.json" "$1" && shift && exec "$@"';
+    const disk = join(stage.dir, "disk");
+    fs.mkdirSync(disk);
+    const form = FORMS[stage.form] ?? [];
+    const run = stage.spawn(["unshare", "--mount", "sh", "-c", mount, disk, stage.auth, ...form, "--status"]);
+    assertEquals(await run.ended, 0, run.stderr);
+    assertMatch(
+      shown(stage, run.stdout),
+      /warning: auth\.json is a mount of its own, .*: mount its directory instead\n/,
+    );
+  }),
   drive("a home that does not exist is not created", {}, async (stage) => {
     const run = stage.start("--once", join(stage.dir, "absent", "home"));
     assertEquals([await run.ended, fs.existsSync(join(stage.dir, "absent"))], [1, false], run.stderr);
@@ -2067,6 +2106,15 @@ const ATTEMPT: Scenario[] = [
       assertEquals([await stage.spawn(command).ended, stage.isNewest()], [0, true]);
     })
   ),
+  drive("a log file is added to, whoever else writes into it", {}, async (stage) => {
+    const [log, form] = [join(stage.dir, "log"), FORMS[stage.form] ?? []];
+    // With -A Deno may open what is behind stderr.
+    const command = stage.form === "source" ? [DENO, "run", "-A", SOURCE] : form;
+    const run = stage.spawn(["sh", "-c", '{ echo first; "$@"; echo last; } >"$0" 2>&1', log, ...command, "--once"]);
+    assertEquals([await run.ended, stage.isNewest()], [0, true]);
+    const lines = (stage.text(log) ?? "").split("\n").map((line) => line.replace(PREFIX, "").split(" (")[0]);
+    assertEquals(lines, ["first", "refresh: starting", "refresh: ok", "last", ""]);
+  }),
 ];
 
 /** A loop, which must end well on SIGTERM when the scenario is through. */
@@ -2390,13 +2438,7 @@ unhealthy …a-login-that-expired expired          never             -
 healthy   …me-that-is-all-right 10 d left        2 h 5 min ago     in 3 h
 no login  …me-without-any-login -                never             -
 `;
-const HAS_SCRIPT = (() => {
-  try {
-    return output("script", "--version").includes("util-linux");
-  } catch {
-    return false;
-  }
-})();
+const HAS_SCRIPT = works("script", "--version");
 const FLAGS = ["--once", "--force", "--status", "--json", "--verbose", "--health", "--metrics", "--listen", "--exec"];
 FLAGS.push("--help", "-h", "--version", "-V");
 const VARIABLES = [
