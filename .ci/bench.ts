@@ -245,6 +245,16 @@ for (const { name, argv, files, floors } of [...ours, ...others.filter(({ modes 
     empty ? `${ratio(resident, least)}, ${ratio(anonymous, leastAnonymous)}` : "",
   ]);
 }
+for (const count of [10, 100, 1000]) {
+  const homes = Array.from({ length: count }, (_, index) => `${memory}/homes/${index}`);
+  for (const home of homes) {
+    await Deno.mkdir(home, { recursive: true });
+    await Deno.copyFile(`${memory}/fresh.json`, `${home}/auth.json`);
+  }
+  const { name, argv, files } = ours[0]!;
+  const [resident, anonymous] = await waiting([...argv, ...homes], files);
+  sizes.push([`${name}, ${count} homes`, "", "", `${MiB(resident)}, ${MiB(anonymous)} anonymous`, ""]);
+}
 table(...sizes);
 for (const note of notes) console.log(note);
 

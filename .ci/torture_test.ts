@@ -1,7 +1,6 @@
 /**
- * A login is never lost and never redeemed twice: the executable is killed at each of its system calls and at random
- * moments, meets a failing disk at each call that touches a file, finds what killed runs left, comes in crowds, and
- * writes beside others who write.
+ * A login is never lost and never redeemed twice: the executable is killed at each of its system calls, meets a failing
+ * disk at each call that touches a file, finds what killed runs left, comes in crowds, and writes beside others who write.
  *
  * @module
  */
@@ -20,7 +19,6 @@ import {
   LIMIT_MS,
   median,
   pause,
-  random,
   REMAINS,
   Scene,
   type Step,
@@ -163,61 +161,12 @@ Deno.test("from the answer to its write no call of ours is in the way, and the d
   const renamed = find(/^rename/, `"${scene.auth}"`);
   assert(find(/^f(data)?sync$/, `<${room}>`, stored) < renamed, "the answer is on the disk before it gets its name");
   find(/^f(data)?sync$/, `<${scene.home}>`, renamed);
-
-  // The window by the clock, with nothing traced but the calls at its two ends.
-  const windows: number[] = [];
-  for (let round = 0; round < 15; round++) {
-    await using scene = await Scene.open();
-    const few = "trace=/^(recv|read$|pwrite|write$)";
-    await scene.once({}, [..."strace -f --seccomp-bpf -y -ttt -T -s 16 -e".split(" "), few, "-o", scene.trace]);
-    const lines = textOf(scene.trace).split("\n");
-    const answered = lines.findIndex((line) => line.includes("HTTP/1.1 200"));
-    const written = lines.find((line, index) => index > answered && line.includes(`<${scene.home}/`));
-    const end = (line = "") => Number(line.split(/ +/)[1]) + Number(/<([\d.]+)>$/.exec(line)?.[1] ?? 0);
-    windows.push((end(written) - end(lines[answered])) * 1000);
-  }
-  const window = median(windows).toFixed(2);
-  await t.step(
-    `${between.length} calls and ${window} ms from the answer to its write (median of ${windows.length})`,
-    () => assert(between.length < 30 && Number(window) < 50),
-  );
+  await t.step(`${between.length} calls from the answer to its write`, () => assert(between.length < 30));
 });
 
 Deno.test("killed at any system call it loses nothing but in the gap", async (t) => {
   const { before, survived, gap, told } = await killEverywhere(1, 10, async () => {});
   await t.step(told, () => assert(survived > 50 && before > 100 && gap > 0 && gap < 60));
-});
-
-Deno.test("killed 300 times at random moments it loses nothing but in the gap", async (t) => {
-  const durations: number[] = [];
-  await each(Array(10), async () => {
-    await using scene = await Scene.open();
-    const began = performance.now();
-    await scene.once();
-    durations.push(performance.now() - began);
-  });
-  const whole = 1.1 * median(durations);
-  const next = random(1);
-  const { fates, told } = tally();
-  let killed = 0;
-  const delays = function* () {
-    while (killed < 300) yield whole * next();
-  };
-  await each(delays(), async (delay) => {
-    await using scene = await Scene.open();
-    const process = scene.start();
-    await pause(delay);
-    process.kill("SIGKILL");
-    const { signal, said } = await process.ended;
-    const fate = await recover(scene, `killed after ${delay} ms: ${said}`);
-    if (signal === null) return; // it had come to its end
-    killed++;
-    fates[fate]++;
-  });
-  await t.step(
-    `killed ${killed} times within ${whole.toFixed()} ms: ${told()}`,
-    () => assert(fates.before > 30 && fates.survived > 10 && fates.gap < 60),
-  );
 });
 
 Deno.test("one error of the disk, at any call, costs nothing", async (t) => {
@@ -579,19 +528,6 @@ const duringTheProof = (scene: Scene, act: () => void) =>
   when(scene, () => scene.asked.length === 0 && scene.journals().length > 0, act);
 
 cases("whatever somebody else writes meanwhile stays", {
-  "another login while the request is out": {
-    meanwhile: (scene) => scene.write(scene.otherLogin()),
-    ends: "superseded",
-  },
-  "another field while the request is out": {
-    meanwhile: (scene) => scene.write(scene.withField("theirs")),
-    ends: "refreshed",
-    then: (scene) => assertEquals(JSON.parse(textOf(scene.auth)).theirs, [1, "kept"]),
-  },
-  "a logout while the request is out": {
-    meanwhile: "rm home/auth.json",
-    ends: "superseded",
-  },
   "another login in auth.json's place right after the rename": {
     arrange(scene) {
       const before = inode(scene.auth);
