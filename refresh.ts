@@ -25,15 +25,14 @@ import * as fs from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
 import type { DatabaseSync } from "node:sqlite";
-import { parseArgs } from "node:util";
+import { parseArgs, promisify } from "node:util";
 import { decodeBase64Url as untypedDecodeBase64Url } from "@std/encoding/base64url";
 import { parse as parseToml } from "@std/toml/parse";
 
 export const VERSION = "1.0.0";
 
 const decodeBase64Url: (text: string) => Uint8Array = untypedDecodeBase64Url;
-const fsync = (fd: number) =>
-  new Promise<void>((resolve, reject) => fs.fsync(fd, (error) => error ? reject(error) : resolve()));
+const fsync = promisify(fs.fsync);
 /**
  * A module of the engine when it is first needed: an import would be loaded every time. The function, too, is looked up
  * late: Deno takes two milliseconds to make it.
@@ -974,8 +973,9 @@ function tryLock({ path: auth, owner }: Target, giveWay: () => void): Lock | nul
   } catch (error) {
     const why = (error as Error).message;
     if (why.includes("database is locked")) return null;
-    const mine = [0, before.uid].includes(process.getuid?.() ?? 0);
-    throw new CannotStart(`${path} cannot be locked: ${mine ? why : `no permission, it is user ${before.uid}'s`}`);
+    throw new CannotStart(
+      `${path} cannot be locked: ${mayActFor(before.uid) ? why : `no permission, it is user ${before.uid}'s`}`,
+    );
   } finally {
     if (!locked) database?.close();
   }
@@ -1120,26 +1120,22 @@ async function prove(journal: Journal, size: number, inPlace: boolean): Promise<
     throw new CannotStart(`${path} ${why}`);
   };
   try {
-    const [{ uid }, user] = [fs.statSync(path), process.getuid?.() ?? 0];
-    if (![0, uid].includes(user) && !inPlace) {
-      const why = `what user ${user} writes the Codex CLI could not read`;
-      refuse(
-        `belongs to user ${uid}, and ${why}. Run as its owner, or, where you may write to it, set CODEX_AUTH_IN_PLACE=1`,
-      );
+    const { uid } = fs.statSync(path);
+    if (!mayActFor(uid) && !inPlace) {
+      const why = `what user ${process.getuid?.()} writes the Codex CLI could not read. Run as its owner`;
+      refuse(`belongs to user ${uid}, and ${why}, or, where you may write to it, set CODEX_AUTH_IN_PLACE=1`);
     }
     // Opening for writing, without truncating, shows what is read-only or immutable, and brings a file of an image's lower
     // layer up, so that its device is its directory's.
     fs.closeSync(fs.openSync(path, fs.constants.O_RDWR));
     const { nlink } = fs.statSync(path);
-    if (nlink === 0) {
-      refuse("was replaced outside of this mount and has lost its name. Mount the directory instead of the file");
-    }
+    const instead = "Mount the directory instead of the file";
+    if (nlink === 0) refuse(`was replaced outside of this mount and has lost its name. ${instead}`);
     if (nlink > 1 && !inPlace) {
       refuse("has a second hard link, which a rename would cut off. Remove that, or set CODEX_AUTH_IN_PLACE=1");
     }
     if (!inPlace && !isReplaceable(path)) {
-      const instead = "Mount the directory instead of the file, or set CODEX_AUTH_IN_PLACE=1";
-      refuse(`is a mount point of its own and cannot be renamed over. ${instead}`);
+      refuse(`is a mount point of its own and cannot be renamed over. ${instead}, or set CODEX_AUTH_IN_PLACE=1`);
     }
     if (size > MAX_FILE_BYTES) refuse(`is too large: with the answer it would have ${size} bytes`);
     await replaceFile(journal, "\n".repeat(size));
@@ -1150,10 +1146,15 @@ async function prove(journal: Journal, size: number, inPlace: boolean): Promise<
   }
 }
 
+/** Whether we are root or that user. */
+function mayActFor(uid: number): boolean {
+  return [0, uid].includes(process.getuid?.() ?? 0);
+}
+
 /** Whether a rename may take the file's place: not for a mount point, one of several hard links, or another user's. */
 function isReplaceable(path: string): boolean {
   const { uid, nlink, dev } = fs.statSync(path);
-  return nlink === 1 && dev === fs.statSync(dirname(path)).dev && [0, uid].includes(process.getuid?.() ?? 0);
+  return nlink === 1 && dev === fs.statSync(dirname(path)).dev && mayActFor(uid);
 }
 
 const DISK_ERRORS: Readonly<Record<string, string>> = {
@@ -1287,7 +1288,6 @@ async function rescue(journal: Journal, how: Perseverance): Promise<{ from: stri
   const seen = await readSettled(target.path);
   if (seen.kind !== "whole" || accountOf(seen.document) === null) return null;
   const { document } = seen;
-  const refreshed = (of: JsonObject) => credentialOf(of, Date.now()).lastRefreshMs ?? 0;
   const names = fs.readdirSync(dirname(target.path)).filter((name) => /^\.auth-[0-9A-Za-z]{6}$/.test(name));
   const paths = names.map((name) => join(dirname(target.path), name)).filter((path) => isOurs(path, target));
   const left = paths.flatMap((path) => {
@@ -1295,9 +1295,9 @@ async function rescue(journal: Journal, how: Perseverance): Promise<{ from: stri
     return read.kind === "whole" ? [{ path, answer: read.document }] : [];
   }).filter(({ answer }) =>
     accountOf(answer) === accountOf(document) && ![null, fingerprint].includes(fingerprintOf(answer)) &&
-    refreshed(answer) > refreshed(document)
+    refreshedAt(answer) > refreshedAt(document)
   );
-  const [last] = left.sort((one, other) => refreshed(other.answer) - refreshed(one.answer));
+  const [last] = left.sort((one, other) => refreshedAt(other.answer) - refreshedAt(one.answer));
   if (last === undefined) return null;
   const stored = await persevere(journal, last.answer, null, how);
   if (stored === "stored") removeQuietly(last.path);
@@ -1308,12 +1308,7 @@ async function rescue(journal: Journal, how: Perseverance): Promise<{ from: stri
  * Brings an answer, as a whole document, into auth.json, from wherever an earlier try was interrupted; see the table
  * above. `durable` is what the journal is known to hold, on the disk. Throws what the disk throws.
  */
-async function settle(
-  journal: Journal,
-  answer: JsonObject,
-  durable: string | null,
-  inPlace: boolean,
-): Promise<Stored> {
+async function settle(journal: Journal, answer: JsonObject, durable: string | null, inPlace: boolean): Promise<Stored> {
   const { path } = journal.target;
   for (;;) {
     // Some writers unlink what they write anew.
@@ -1347,11 +1342,14 @@ export function merge(seen: Read, answer: JsonObject, fingerprint: string, nowMs
   if (seen.kind !== "whole") return null;
   const [current, given] = [fingerprintIn(seen), fingerprintOf(answer)];
   if (current === fingerprint) {
-    const refreshed = (document: JsonObject) => credentialOf(document, nowMs).lastRefreshMs ?? 0;
-    if (given === fingerprint && refreshed(seen.document) > refreshed(answer)) return null;
+    if (given === fingerprint && refreshedAt(seen.document, nowMs) > refreshedAt(answer, nowMs)) return null;
     return render(granted(seen.document, tokensOf(answer), answer.last_refresh));
   }
   return current !== null && current === given ? seen.text : null;
+}
+
+function refreshedAt(document: JsonObject, nowMs = Date.now()): number {
+  return credentialOf(document, nowMs).lastRefreshMs ?? 0;
 }
 
 /** auth.json with new tokens, every other field as it was. */
@@ -1416,7 +1414,7 @@ function removeQuietly(path: string): void {
 /** What matters was fsynced before; an error of close() has nothing to add. */
 function closeQuietly(fd: number): void {
   try {
-    if (fd >= 0) fs.closeSync(fd);
+    fs.closeSync(fd);
   } catch {
     // See above.
   }
@@ -1861,6 +1859,13 @@ export interface Context {
   readonly clock: Pick<Clock, "now">;
 }
 
+/** The same under the lock. */
+interface Held extends Context {
+  readonly home: Home;
+  readonly target: Target;
+  readonly lock: Lock;
+}
+
 /** Exit code of an outcome: 0 refreshed, 1 nothing to do, 2 worth another try, 3 log in again. */
 export function exitCode(outcome: Outcome): 0 | 1 | 2 | 3 {
   if (outcome === "refreshed") return 0;
@@ -1896,12 +1901,12 @@ export async function attempt(
     const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
     if (!verdict.due && verdict.blocked || findJournals(target.path).length === 0) {
       if (!verdict.due) return await end(skipped(verdict, target.path, home));
-      const dead = knownDead(home, context, verdict.token);
+      const dead = knownDead(home, force, verdict.token);
       if (dead !== null) return await end(dead);
     }
     lock = await takeLock(target, stop);
     if (lock !== null) {
-      return await end(await attemptLocked(home, target, context, lock, verdict.due ? verdict.token : null));
+      return await end(await attemptLocked({ ...context, home, target, lock }, verdict.due ? verdict.token : null));
     }
     const holder = "another copy holds it, or the file system has no locks";
     const why = `${lockOf(target.path)} was not to be had within ${LOCK_WAIT_MS / SECOND} s: ${holder}`;
@@ -1919,34 +1924,20 @@ export async function attempt(
 }
 
 /** What is done under the lock. `expected` is the refresh token that was due before it was taken. */
-async function attemptLocked(
-  home: Home,
-  target: Target,
-  context: Context,
-  lock: Lock,
-  expected: Secret | null,
-): Promise<Ending | null> {
-  const { settings, force, stop, clock } = context;
-  if (await rollForward(target, perseverance(home, lock, context))) {
-    return refreshed("rolled forward", "rolled_forward");
-  }
+async function attemptLocked(held: Held, expected: Secret | null): Promise<Ending | null> {
+  const { home, target, settings, force, stop, clock } = held;
+  if (await rollForward(target, perseverance(held))) return refreshed("rolled forward", "rolled_forward");
   const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
   if (!verdict.due) return skipped(verdict, target.path, home);
   if (expected !== null && expected.fingerprint() !== verdict.token.fingerprint()) return SUPERSEDED;
-  const dead = knownDead(home, context, verdict.token);
+  const dead = knownDead(home, force, verdict.token);
   if (dead !== null || stop.aborted) return dead;
-  return await redeem(home, target, context, lock, verdict);
+  return await redeem(held, verdict);
 }
 
 /** Spends the refresh token and stores what it brings: proof, request, store. */
-async function redeem(
-  home: Home,
-  target: Target,
-  context: Context,
-  lock: Lock,
-  { token, document, reasons }: Refresh,
-): Promise<Ending | null> {
-  const { settings, log, force, stop, clock } = context;
+async function redeem(held: Held, { token, document, reasons }: Refresh): Promise<Ending | null> {
+  const { home, target, lock, settings, log, force, stop, clock } = held;
   const sent = token.fingerprint();
   const roots = readRoots(settings);
   const journal = journalOf(target, sent);
@@ -1969,7 +1960,7 @@ async function redeem(
     answer = await post(token, settings, roots, stop, still, log);
     if (answer.kind === "granted") {
       const { grant, status, unusable } = answer;
-      const stored = await store(journal, room, document, grant, perseverance(home, lock, context));
+      const stored = await store(journal, room, document, grant, perseverance(held));
       if (stored === "superseded") return SUPERSEDED;
       const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
       return refreshed(`http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`);
@@ -1983,7 +1974,7 @@ async function redeem(
   lock.giveWay();
   if (answer.kind === "permanent") {
     if (await movesOn(target.path, sent)) return SUPERSEDED;
-    const rescued = isDead(answer) ? await rescue(journal, perseverance(home, lock, context)) : null;
+    const rescued = isDead(answer) ? await rescue(journal, perseverance(held)) : null;
     if (rescued?.stored === "superseded") return SUPERSEDED;
     if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
   }
@@ -2003,7 +1994,7 @@ async function movesOn(path: string, sent: string): Promise<boolean> {
  * How an answer that is in hand is stored. Where it cannot be yet, other homes go on, the status tells of it each minute
  * and the log once.
  */
-function perseverance(home: Home, lock: Lock, { settings, log, patience }: Context): Perseverance {
+function perseverance({ home, lock, settings, log, patience }: Held): Perseverance {
   const since = uptime();
   let [told, logged] = [-Infinity, false];
   const onFailure = (error: unknown) => {
@@ -2060,7 +2051,7 @@ function permanent(home: Home, status: string | number, code: string, why: strin
 }
 
 /** The ending for a token that the server has called dead before: it is not sent again, unless by force. */
-function knownDead(home: Home, { force }: Context, token: Secret): Ending | null {
+function knownDead(home: Home, force: boolean, token: Secret): Ending | null {
   const { rejected_refresh_token_sha256: rejected, watchdog_last_outcome: last, detail } = readStatus(home.status);
   if (force || rejected !== token.fingerprint()) return null;
   const outcome = last.startsWith("fail:permanent_") ? last as Outcome : "fail:permanent_401";
@@ -2250,7 +2241,7 @@ export function schedule(
 
   if (outcome.startsWith("fail:permanent_")) return planned(nowMs + interval, "waiting for a new login");
   if (outcome === "unreadable" || outcome.startsWith("fail:")) {
-    const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** Math.min(failures - 1, 60));
+    const backoff = Math.min(interval, FIRST_BACKOFF_MS * 2 ** (failures - 1));
     const asked = Math.min(interval, retryAfterMs ?? 0);
     const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
     return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
@@ -2346,21 +2337,19 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
 
 /** What is to be done about a home now: an attempt where it is due, else a look at whether somebody else wrote auth.json. */
 async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void> {
-  watch.busy = true;
+  [watch.busy, watch.hungUp] = [true, false];
   if (!await reaches(watch.home, watch.log)) {
-    watch.failures++;
-    const nothing = { expiresMs: null, lastRefreshMs: null };
-    plan(watch, { outcome: "unreadable", due: false, credential: nothing, retryAfterMs: null }, shared);
+    [watch.at, watch.identity] = [Infinity, ""]; // each step asks again; once it answers it is looked at as at a start
   } else if (isDue) await run(watch, shared);
   else if (identify(watch.home) !== watch.identity) look(watch, watch.identity === "" ? "start" : "changed", shared);
   watch.busy = false;
+  if (watch.hungUp) watch.at = 0;
 }
 
 /** One attempt on a home, and the plan that follows from it. */
 async function run(watch: Watch, shared: Shared): Promise<void> {
   const { home, log } = watch;
   const before = identify(home);
-  watch.hungUp = false;
   const ending = await attempt(home, { ...shared, log }, (ending, verdict) => {
     const unreadable = !verdict.due && verdict.blocked && ending.outcome === "skip";
     const asked = /^fail:(transient|permanent|apply)/.test(ending.outcome) && identify(home) === before;
@@ -2372,7 +2361,6 @@ async function run(watch: Watch, shared: Shared): Promise<void> {
   });
   // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
   watch.identity = ending?.outcome === "refreshed" ? identify(home) : before;
-  if (watch.hungUp) watch.at = 0;
   shared.done(home, log);
 }
 
@@ -2389,14 +2377,7 @@ export async function loop(
   clock: Clock = CLOCK,
   done: (home: Home, log: Log) => void = () => {},
 ): Promise<void> {
-  const idle = {
-    busy: false,
-    at: Infinity,
-    identity: "",
-    hungUp: false,
-    failures: 0,
-    askedInVain: null,
-  };
+  const idle = { busy: false, at: Infinity, identity: "", hungUp: false, failures: 0, askedInVain: null };
   const watches = homes.map((home): Watch => ({ home, log: logOf(home), ...idle }));
   const running = new Set<Promise<void>>();
   let alarm = new AbortController();
