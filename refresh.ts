@@ -311,7 +311,7 @@ export function logTo(
     const message = oneLine(Secret.redact(text));
     const name = home !== null && many ? `[${oneLine(home.dir)}] ` : "";
     if (format === "text") return write(`[codex_auth_refresh ${time}] ${name}${message}`);
-    const pairs = [...message.matchAll(/(?<=[ (]|^)([a-z_]+)=([^\s()]+)/g)].map(([, name, value]) => [name, value]);
+    const pairs = [...message.matchAll(/(?<=[ (]|^)([a-z_]+)=([^\s()]+)/g)].map(([, key, value]) => [key, value]);
     write(JSON.stringify({ ...Object.fromEntries(pairs), time, level, event, home: home?.dir ?? null, message }));
   };
 }
@@ -536,6 +536,8 @@ const DEAD_CODES = [
   "token_expired",
 ];
 
+type Endpoint = Pick<Settings, "url" | "proxy" | "clientId">;
+
 function isDead(answer: Answer): boolean {
   return answer.kind === "permanent" && answer.code !== null && DEAD_CODES.includes(answer.code);
 }
@@ -563,7 +565,7 @@ export function readRoots({ caFile }: Pick<Settings, "caFile">): string[] {
  * What fetch takes beyond the standard's options; each engine ignores the other's. TLS is verified whatever the
  * environment says, and no connection is used twice: an engine may silently repeat a request on one that turns out dead.
  */
-function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { options: object; close(): void } {
+function engineOptions({ proxy }: Endpoint, roots: string[]): { options: object; close(): void } {
   const close = () => {};
   if (ENGINE === "deno") {
     try {
@@ -616,16 +618,15 @@ function engineOptions({ proxy }: Pick<Settings, "proxy">, roots: string[]): { o
  */
 export async function post(
   token: Secret,
-  { url, proxy, clientId }: Pick<Settings, "url" | "proxy" | "clientId">,
+  to: Endpoint,
   roots: string[],
   stop: AbortSignal,
   still: () => Promise<boolean>,
   log: Log,
 ): Promise<Answer> {
-  const { options, close } = engineOptions({ proxy }, roots);
+  const { options, close } = engineOptions(to, roots);
   const deadline = uptime() + ALL_TRIES_MS;
-  const once = () =>
-    postOnce(token, url, proxy ?? url, clientId, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
+  const once = () => postOnce(token, to, options, Math.min(TRY_MS, Math.max(1, deadline - uptime())));
   try {
     for (const pause of [1 * SECOND, 4 * SECOND]) {
       const answer = await once();
@@ -644,9 +645,7 @@ export async function post(
 
 async function postOnce(
   token: Secret,
-  url: URL,
-  hop: URL,
-  clientId: string,
+  { url, proxy, clientId }: Endpoint,
   options: object,
   milliseconds: number,
 ): Promise<Answer> {
@@ -663,7 +662,7 @@ async function postOnce(
   const timer = setInterval(() => {
     left -= Math.min(1000, uptime() - ticked);
     ticked = uptime();
-    if (milliseconds - left >= PROBE_AFTER_MS) probe ??= probeConnection(hop);
+    if (milliseconds - left >= PROBE_AFTER_MS) probe ??= probeConnection(proxy ?? url);
     if (left <= 0) timeout.abort(new DOMException("no answer in time", "TimeoutError"));
   }, 500);
   try {
@@ -707,8 +706,8 @@ interface Probe {
 }
 
 /**
- * Whether connections are taken there at all. No engine tells whether a request that timed out had one; where packets are
- * swallowed it cannot have gone out, so that the token is not spent.
+ * Whether connections are taken there at all. No engine tells whether a request that timed out had one. Where packets are
+ * swallowed it hardly went out, and a repeat would not either.
  */
 function probeConnection({ hostname, port, protocol }: URL): Probe {
   const host = hostname.replace(/^\[|\]$/g, "");
@@ -808,7 +807,7 @@ function describeFailure(error: unknown): { detail: string; sent: boolean } {
 // first of all, as the whole new document; from then on `settle` brings it into auth.json, however often it is
 // interrupted: it is what stores, what tries again and what rolls forward.
 //
-//   the journal holds   auth.json holds                       settle
+//   the journal holds   auth.json holds                       what becomes of it
 //   no whole document   anything                              removes the journal: no answer has come
 //   an answer           the token it was given for            carries the answer over, and keeps every other field
 //   an answer           nothing, or is cut off, for 5 s       stores the journal's document: the writer died
@@ -1165,7 +1164,6 @@ const DISK_ERRORS: Readonly<Record<string, string>> = {
   EPERM: "not permitted, it may be immutable, its directory append-only, or its mount refuse renames",
   EEXIST: "not permitted, its directory may be append-only",
   ENOTSUP: "its mount does not support a step of the storing, a rename for example",
-  EOPNOTSUPP: "its mount does not support a step of the storing, a rename for example",
   EIO: "the disk reports an I/O error",
   ESTALE: "it was replaced outside of its mount; mount the directory instead of the file",
 };
@@ -1377,7 +1375,7 @@ async function publish(journal: Journal, content: string, inPlace: boolean): Pro
       return await syncDirectory(path);
     } catch (error) {
       // A mount point that st_dev did not show, say. The answer is in hand: better in place than lost.
-      if (!["EBUSY", "ENOTSUP", "EOPNOTSUPP"].includes(errorName(error))) throw error;
+      if (!["EBUSY", "ENOTSUP"].includes(errorName(error))) throw error;
     }
   }
   const fd = fs.openSync(path, fs.constants.O_WRONLY | fs.constants.O_NOFOLLOW);
@@ -1423,7 +1421,8 @@ function closeQuietly(fd: number): void {
 /** A system error's code, else the error's class: what a log line may say of it. */
 function errorName(error: unknown): string {
   const { code, name } = error as { code?: unknown; name?: unknown };
-  return [code, name].find((word): word is string => typeof word === "string" && /^\w+$/.test(word)) ?? "Error";
+  const word = [code, name].find((word) => typeof word === "string" && /^\w+$/.test(word)) as string | undefined;
+  return word === "EOPNOTSUPP" ? "ENOTSUP" : word ?? "Error"; // Linux has one number for both, and engines either name
 }
 
 async function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
@@ -1695,19 +1694,23 @@ function oddPlace(path: string): string | null {
  * home's, else of the machine's (codex-rs/config/src/types.rs, AuthCredentialsStoreMode).
  */
 function oddStore(home: Home, etc: string, absent: boolean): string | null {
-  const paths = [join(etc, "managed_config.toml"), join(home.dir, "config.toml"), join(etc, "config.toml")];
-  for (const path of paths) {
+  const places = {
+    "the managed configuration": join(etc, "managed_config.toml"),
+    "config.toml": join(home.dir, "config.toml"),
+    "the machine's config.toml": join(etc, "config.toml"),
+  };
+  for (const [place, path] of Object.entries(places)) {
     const text = readText(path);
     if (text === null) continue;
     let store: unknown;
     try {
       store = (parseToml(text) as JsonObject).cli_auth_credentials_store;
     } catch {
-      return `${path} is no TOML, so it is not known where logins are kept`;
+      return `${place} is no TOML, so it is not known where logins are kept`;
     }
     if (store === undefined) continue;
-    const elsewhere = `${path} keeps logins in "${tame(store) ?? "?"}", where this program does not look`;
-    if (store === "auto") return absent ? `${path} says "auto": the login may be in the system's keyring` : null;
+    const elsewhere = `${place} keeps logins in "${tame(store) ?? "?"}", where this program does not look`;
+    if (store === "auto") return absent ? `${place} says "auto": the login may be in the system's keyring` : null;
     return store === "file" ? null : elsewhere;
   }
   return null;
@@ -1790,7 +1793,7 @@ function showStatus(views: readonly View[], colour: boolean, nowMs: number): str
 
   if (views.length > 1) {
     const row = (cells: string[]) =>
-      cells.map((cell, index) => fit(cell, [10, 22, 17, 18, 13][index] ?? 0)).join("").trimEnd();
+      cells.map((cell, index) => fit(cell, [10, 21, 17, 16, 16][index] ?? 0)).join("").trimEnd();
     const rows = views.map((each) => {
       const { state, home, reason, watchdog_last_run_iso: last, next_run_iso: next } = each;
       const word = state === "inert" ? "no login" : state;
@@ -1855,7 +1858,7 @@ export interface Context {
   /** Aborted by SIGTERM: what is in hand is finished, nothing further is started. */
   readonly stop: AbortSignal;
   /** Until when an answer that came at `since` is tried to be stored; both are milliseconds of uptime. */
-  readonly patience: (since: number) => number;
+  readonly giveUpAt: (since: number) => number;
   readonly clock: Pick<Clock, "now">;
 }
 
@@ -1899,10 +1902,16 @@ export async function attempt(
   let lock: Lock | null = null;
   try {
     const verdict = decide(await readSettled(target.path), clock.now(), settings, force);
-    if (!verdict.due && verdict.blocked || findJournals(target.path).length === 0) {
+    const blocked = !verdict.due && verdict.blocked; // then nothing can be settled either
+    if (blocked || findJournals(target.path).length === 0) {
       if (!verdict.due) return await end(skipped(verdict, target.path, home));
       const dead = knownDead(home, force, verdict.token);
       if (dead !== null) return await end(dead);
+    }
+    if (next !== undefined && places === 0) {
+      // Whoever looks at the status meanwhile must not take us for stuck.
+      const rounds = Math.ceil((queue.length + 1) / PLACES);
+      writeStatus(home, log, () => ({ next_run_iso: iso(clock.now() + rounds * ALL_TRIES_MS) }));
     }
     lock = await takeLock(target, stop);
     if (lock !== null) {
@@ -1915,7 +1924,8 @@ export async function attempt(
     if (error instanceof NotStored) {
       return await end(failed("fail:store", "store_failed", "redeemed, but not stored", error.message));
     }
-    const why = error instanceof CannotStart ? error.message : `${target.path}: ${describeDisk(error)}`;
+    const { path = target.path } = error as NodeJS.ErrnoException;
+    const why = error instanceof CannotStart ? error.message : `${path}: ${describeDisk(error)}`;
     return await end(failed("fail:preflight", "preflight_failed", "not started", why));
   } finally {
     // Not before the status is written: whoever waits for the lock must not send a token that it calls dead.
@@ -1945,18 +1955,17 @@ async function redeem(held: Held, { token, document, reasons }: Refresh): Promis
   let answer: Answer | null = null;
   try {
     // Proving may have taken its time, and neither the Codex CLI nor whoever removes a lock file waits for us.
-    const isDue = (read: Read) => lock.holds() && fingerprintIn(read) === sent;
     const again = await readSettled(target.path);
     if (stop.aborted) return null;
-    if (!isDue(again)) {
-      if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
+    if (!lock.holds()) throw new CannotStart(`${lockOf(target.path)} was removed or replaced while it was held`);
+    if (fingerprintIn(again) !== sent) {
       const now = decide(again, clock.now(), settings, force);
       const unknown = again.kind === "empty" || again.kind === "unreadable";
       return unknown && !now.due ? skipped(now, target.path, home) : SUPERSEDED;
     }
     const endpoint = settings.url.origin + settings.url.pathname;
     log("info", "refresh_started", `refresh: starting (endpoint=${endpoint} reasons=${reasons})`);
-    const still = async () => isDue(await readSettled(target.path));
+    const still = async () => lock.holds() && fingerprintIn(await readSettled(target.path)) === sent;
     answer = await post(token, settings, roots, stop, still, log);
     if (answer.kind === "granted") {
       const { grant, status, unusable } = answer;
@@ -1972,29 +1981,27 @@ async function redeem(held: Held, { token, document, reasons }: Refresh): Promis
     }
   }
   lock.giveWay();
-  if (answer.kind === "permanent") {
-    if (await movesOn(target.path, sent)) return SUPERSEDED;
-    const rescued = isDead(answer) ? await rescue(journal, perseverance(held)) : null;
-    if (rescued?.stored === "superseded") return SUPERSEDED;
-    if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
-  }
+  if (await movesOn(target.path, sent, answer.kind === "permanent" ? LOOK_AGAIN_MS : 0)) return SUPERSEDED;
+  const rescued = isDead(answer) ? await rescue(journal, perseverance(held)) : null;
+  if (rescued?.stored === "superseded") return SUPERSEDED;
+  if (rescued !== null) return refreshed(`rescued from ${rescued.from}`, "rescued");
   return refused(answer, sent, home);
 }
 
-/** Whether auth.json comes to hold another refresh token, or goes. */
-async function movesOn(path: string, sent: string): Promise<boolean> {
-  for (const until = uptime() + LOOK_AGAIN_MS; uptime() < until; await sleep(100)) {
+/** Whether auth.json holds another refresh token, or is gone, by now or within this time. */
+async function movesOn(path: string, sent: string, milliseconds: number): Promise<boolean> {
+  for (const until = uptime() + milliseconds;; await sleep(100)) {
     const now = await readSettled(path);
     if (now.kind === "absent" || now.kind === "whole" && fingerprintIn(now) !== sent) return true;
+    if (uptime() >= until) return false;
   }
-  return false;
 }
 
 /**
  * How an answer that is in hand is stored. Where it cannot be yet, other homes go on, the status tells of it each minute
  * and the log once.
  */
-function perseverance({ home, lock, settings, log, patience }: Held): Perseverance {
+function perseverance({ home, lock, settings, log, giveUpAt }: Held): Perseverance {
   const since = uptime();
   let [told, logged] = [-Infinity, false];
   const onFailure = (error: unknown) => {
@@ -2009,7 +2016,7 @@ function perseverance({ home, lock, settings, log, patience }: Held): Perseveran
     log("error", "store_delayed", `refresh: redeemed, not stored yet: ${detail}`);
     logged = true;
   };
-  return { inPlace: settings.inPlace, giveUpAt: () => patience(since), onFailure };
+  return { inPlace: settings.inPlace, giveUpAt: () => giveUpAt(since), onFailure };
 }
 
 // The endings.
@@ -2168,7 +2175,7 @@ async function runCommand(command: string, env: Environment, stop: AbortSignal, 
     const outputs = [child.stdout, child.stderr].map((stream) => {
       const output = { stream, text: "", length: 0 };
       stream.setEncoding("utf8").on("data", (text: string) => {
-        if (output.length < MAX_OUTPUT) output.text += text;
+        output.text += text.slice(0, MAX_OUTPUT - output.text.length);
         output.length += text.length;
       });
       return output;
@@ -2246,7 +2253,7 @@ export function schedule(
     const why = asked > backoff ? "the endpoint asked to wait" : `backoff after failure ${failures}`;
     return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
   }
-  if (outcome === "start" || outcome === "changed" || due && exitCode(outcome) === 1) {
+  if (outcome === "start" || outcome === "changed" || due && outcome === "superseded") {
     if (!due || !alive) return { at: nowMs, why: outcome };
     // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
     const half = outcome !== "start" && lastRefreshMs !== null ? (lastRefreshMs + expiresMs) / 2 : nowMs;
@@ -2259,9 +2266,7 @@ export function schedule(
   const margin = expiresMs === null ? Infinity : expiresMs - settings.marginSeconds * SECOND;
   const stale = lastRefreshMs === null ? Infinity : lastRefreshMs + settings.staleSeconds * SECOND;
   if (Math.min(margin, stale) > nowMs + interval) return planned(nowMs + interval, "interval");
-  if (outcome === "skip" && !due && Math.min(margin, stale) <= nowMs) {
-    return planned(nowMs + interval, "nothing to refresh");
-  }
+  if (outcome === "skip" && Math.min(margin, stale) <= nowMs) return planned(nowMs + interval, "nothing to refresh");
   // Tokens that live for less than the margin are always due: without a floor that would spin.
   const success = outcome === "refreshed";
   const floor = success ? nowMs + Math.min(MINUTE, interval) : nowMs;
@@ -2295,7 +2300,10 @@ export interface Clock {
 }
 export const CLOCK: Clock = { now: Date.now, uptime, random: Math.random, sleep };
 
-/** One home in the loop. `at` is when to look, `identity` what auth.json was at the last look, "" before the first. */
+/**
+ * One home in the loop. `at` is when to look, 0 meaning now and Infinity that nothing is planned yet; `identity` is what
+ * auth.json was at the last look, "" before the first.
+ */
 interface Watch {
   readonly home: Home;
   readonly log: Log;
@@ -2339,7 +2347,7 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
 async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void> {
   [watch.busy, watch.hungUp] = [true, false];
   if (!await reaches(watch.home, watch.log)) {
-    [watch.at, watch.identity] = [Infinity, ""]; // each step asks again; once it answers it is looked at as at a start
+    watch.at = Math.max(watch.at, shared.clock.now() + STEP_MS); // the plan stands, what is due is tried at each step
   } else if (isDue) await run(watch, shared);
   else if (identify(watch.home) !== watch.identity) look(watch, watch.identity === "" ? "start" : "changed", shared);
   watch.busy = false;
@@ -2374,7 +2382,7 @@ export async function loop(
   logOf: (home: Home) => Log,
   stop: AbortSignal,
   onHangUp: (look: () => void) => void,
-  clock: Clock = CLOCK,
+  clock: Clock,
   done: (home: Home, log: Log) => void = () => {},
 ): Promise<void> {
   const idle = { busy: false, at: Infinity, identity: "", hungUp: false, failures: 0, askedInVain: null };
@@ -2391,7 +2399,7 @@ export async function loop(
     for (const watch of watches) [watch.at, watch.hungUp] = [0, true];
     alarm.abort();
   });
-  const shared: Shared = { settings, stop, patience: () => stoppedAt + MINUTE, force: false, clock, done };
+  const shared: Shared = { settings, stop, giveUpAt: () => stoppedAt + MINUTE, force: false, clock, done };
 
   let [wall, up, looked] = [clock.now(), clock.uptime(), -Infinity];
   while (!stop.aborted) {
@@ -2414,7 +2422,7 @@ export async function loop(
     alarm = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
     await clock.sleep(Math.max(0, Math.min(looked + STEP_MS - clock.uptime(), next - clock.now())), alarm.signal);
-    await clock.sleep(0); // the alarm wakes us within the tick, before a signal that has come is taken
+    await clock.sleep(0); // lets a signal in that has come: homes that end one after the other would have the loop begin again before
   }
   await Promise.all(running);
 }
@@ -2422,7 +2430,8 @@ export async function loop(
 /** A clock that was set back must not make a planned wait longer. */
 function setBack(watch: Watch, milliseconds: number, now: number): void {
   watch.at -= milliseconds;
-  if (watch.at > now) writeStatus(watch.home, watch.log, () => ({ next_run_iso: iso(watch.at) }));
+  const hangs = probes.has(watch.home.dir);
+  if (watch.at > now && !hangs) writeStatus(watch.home, watch.log, () => ({ next_run_iso: iso(watch.at) }));
 }
 
 function hasJournals(path: string): boolean {
@@ -2667,8 +2676,8 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   for (const name of Object.keys(inherited)) if (/^(https?|all|no)_proxy$/i.test(name)) delete process.env[name];
   const { tell, told } = teller(flags.exec ?? null, inherited, settings, stop);
   if (flags.once) {
-    const patience = (since: number) => since + MINUTE;
-    const context = { settings, force: flags.force, stop, patience, clock: CLOCK };
+    const giveUpAt = (since: number) => since + MINUTE;
+    const context = { settings, force: flags.force, stop, giveUpAt, clock: CLOCK };
     const codes = homes.map(async (home) => {
       const log = logOf(home);
       if (guarded && !await reaches(home, log)) return 2;
@@ -2682,6 +2691,8 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     await told();
     return code;
   }
+  let hangUp = () => {}; // the loop looks anyway as it begins
+  process.on("SIGHUP", () => hangUp());
   const { intervalSeconds: interval, marginSeconds: margin, staleSeconds: stale } = settings;
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
@@ -2691,7 +2702,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);
   }
-  await loop(homes, settings, logOf, stop, (look) => process.on("SIGHUP", look), CLOCK, tell);
+  await loop(homes, settings, logOf, stop, (look) => hangUp = look, CLOCK, tell);
   await told();
   return 0;
 }

@@ -220,6 +220,18 @@ scenario("a home whose disk hangs holds up neither another home nor the end", as
   return `ended ${seconds.toFixed(0)} s after a SIGTERM`;
 }, { accessTokenSeconds: 3 });
 
+scenario("a disk that hung for a while delays a refresh by no more than a minute", async ({ login, watch }) => {
+  if (Deno.uid() !== 0) return "not tried, for want of root to strace with";
+  const dir = home(login(14_400 + 20));
+  const dog = watch([dir]);
+  await dog.said(/next check in/);
+  const strace = tool(...hanging(dir), "-p", `${dog.pid}`);
+  await sleep(145); // a backoff would have got longer than a minute by then
+  strace.kill("SIGKILL");
+  await strace.ended;
+  return `refreshed ${(await dog.said(/refresh: ok/, PROMPT)).toFixed(0)} s after it went on`;
+});
+
 const node = [given("CAR_NODE", "node"), given("CAR_BUNDLE", `${repo}/dist/refresh.js`)];
 const leave = "read write env net sys=uid".split(" ").map((what) => `--allow-${what}`);
 const FORMS = {
@@ -233,6 +245,7 @@ for (
     "an attempt": [built, "--once"],
     "the status": [built, "--status"],
     "an attempt under Node.js": [...node, "--once"],
+    "the loop, which a SIGHUP does not end either": [built],
   })
 ) {
   scenario(`a disk that hangs from the start does not hold up ${what}`, async ({ mock, login, leave }) => {
@@ -246,6 +259,12 @@ for (
     await until(() => children() !== "", "the program runs");
     const pid = Number(children().split(" ")[0]);
     leave(() => void attempt(() => Deno.kill(pid, "SIGKILL")));
+    if (command.length === 1) {
+      await run.said(/watchdog: starting/);
+      Deno.kill(pid, "SIGHUP");
+      await run.said(RegExp(`${well}\\] refresh: ok`));
+      Deno.kill(pid, "SIGTERM");
+    }
     const seconds = await until(() => isOver(pid), "the end", PROMPT);
     run.kill("SIGKILL");
     const { output } = await run.ended;

@@ -192,7 +192,7 @@ async function look(home: string, url: string, throughExe: boolean): Promise<Tri
         void (said += `[codex_auth_refresh 1970-01-01T00:00:00Z] ${text}\n`),
       force: false,
       stop: new AbortController().signal,
-      patience: (since: number) => since,
+      giveUpAt: (since: number) => since,
       clock: Date,
     };
     await attempt({ dir: home, status }, context);
