@@ -66,6 +66,177 @@ const MAX_OUTPUT = 16 << 10; // how much of what it prints goes into the log
 const HUNG_MS = 10 * SECOND; // a disk that takes longer to say whether a file is there does not answer
 const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
 
+// ── what every section uses ──────────────────────────────────────────────────────────────────────────────────────────
+// Tokens that cannot be printed by accident and the log, files and their errors, disks that hang, sleep.
+
+/**
+ * A token. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply` open
+ * it. The latest values are remembered: a last net for one that comes back from outside, in an answer say.
+ */
+export class Secret {
+  static #recent: string[] = [];
+  readonly #value: string;
+
+  constructor(value: string) {
+    this.#value = value;
+    // Anything as short as a word would garble every line.
+    if (value.length > 8) {
+      Secret.#recent = [...Secret.#recent.filter((each) => each !== value).slice(1 - REMEMBERED), value];
+    }
+  }
+  /** Replaces every token that is known by now. */
+  static redact(text: string): string {
+    return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
+  }
+  /** The value itself, for the request's body and for auth.json. */
+  open = (): string => this.#value;
+  /** The start of its SHA-256: tells tokens apart and gives none away. */
+  fingerprint = (): string =>
+    builtin("node:crypto").createHash("sha256").update(this.#value).digest("hex").slice(0, 16);
+  toString = (): string => "[redacted]";
+  toJSON = this.toString;
+  [Symbol.for("nodejs.util.inspect.custom")](): string {
+    return "[redacted]";
+  }
+  [Symbol.for("Deno.customInspect")](): string {
+    return "[redacted]";
+  }
+}
+
+/** A word that somebody else wrote, if it is harmless enough to repeat: letters, where digits may be a piece of a token. */
+function tame(word: unknown, form = /^[a-z_]{1,40}$/i): string | null {
+  return typeof word === "string" && form.test(word) && Secret.redact(word) === word ? word : null;
+}
+
+/** No control characters or line separators: a file name may hold a line break, a log line may not. */
+function oneLine(text: string): string {
+  return text.replace(/[^ -~\xa0-\u2027\u202a-\uffff]/g, "?");
+}
+
+export type Log = (level: "info" | "warning" | "error", event: string, text: string) => void;
+
+/** A log for one home; where there are several, each line names its home. */
+export function logTo(
+  write: (line: string) => void,
+  format: Settings["logFormat"],
+  home: Home | null,
+  many: boolean,
+): Log {
+  return (level, event, text) => {
+    const time = new Date().toISOString().replace(/\.\d+Z$/, "Z");
+    const message = oneLine(Secret.redact(text));
+    const name = home !== null && many ? `[${oneLine(home.dir)}] ` : "";
+    if (format === "text") return write(`[codex_auth_refresh ${time}] ${name}${message}`);
+    const pairs = [...message.matchAll(/(?<=[ (]|^)([a-z_]+)=([^\s()]+)/g)].map(([, key, value]) => [key, value]);
+    write(JSON.stringify({ ...Object.fromEntries(pairs), time, level, event, home: home?.dir ?? null, message }));
+  };
+}
+
+async function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
+  await builtin("node:timers/promises").setTimeout(milliseconds, undefined, { signal }).catch(() => {}); // woken
+}
+
+/** A system error's code, else the error's class: what a log line may say of it. */
+function errorName(error: unknown): string {
+  const { code, name } = error as { code?: unknown; name?: unknown };
+  const word = [code, name].find((word) => typeof word === "string" && /^\w+$/.test(word)) as string | undefined;
+  return word === "EOPNOTSUPP" ? "ENOTSUP" : word ?? "Error"; // Linux has one number for both, and engines either name
+}
+
+class DiskError extends Error {
+  constructor(readonly code: string) {
+    super(code);
+  }
+}
+
+/** Why no token is spent here, as a sentence for the operator. */
+class CannotStart extends Error {}
+
+/** What there is at a path; null where nothing is, or nothing to be seen. */
+function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): fs.Stats | null {
+  try {
+    return look(path);
+  } catch {
+    return null;
+  }
+}
+
+/** All of a regular file. Throws a {@link DiskError} for anything else. */
+function readBytes(path: string, flags = 0): Uint8Array {
+  // O_NONBLOCK: a FIFO in this place must not hang us.
+  const fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | flags);
+  try {
+    const stat = fs.fstatSync(fd);
+    if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
+    if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
+    return fs.readFileSync(fd);
+  } finally {
+    closeQuietly(fd);
+  }
+}
+
+function readText(path: string): string | null {
+  try {
+    return new TextDecoder().decode(readBytes(path));
+  } catch {
+    return null;
+  }
+}
+
+function removeQuietly(path: string): void {
+  try {
+    fs.unlinkSync(path);
+  } catch {
+    // Already gone, or for the next attempt to find.
+  }
+}
+
+/** What matters was fsynced before; an error of close() has nothing to add. */
+function closeQuietly(fd: number): void {
+  try {
+    fs.closeSync(fd);
+  } catch {
+    // See above.
+  }
+}
+
+/**
+ * The path with symlinks resolved, as far as it exists. Bun does not find what is renamed over in that very moment, so that
+ * a second look is needed.
+ */
+function realPath(path: string, again = true): string {
+  try {
+    return fs.realpathSync(path);
+  } catch {
+    if (again && fs.existsSync(path)) return realPath(path, false);
+    return dirname(path) === path ? path : join(realPath(dirname(path)), basename(path));
+  }
+}
+
+/** Calls on the disks of homes that have not returned yet. */
+const probes = new Map<string, Promise<boolean>>();
+
+/**
+ * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and would
+ * stop the whole process: so another thread makes one first. It keeps that thread, of which engines have few.
+ */
+async function answers(dir: string): Promise<boolean> {
+  const done = () => probes.delete(dir);
+  const probe = probes.get(dir) ?? fs.promises.stat(join(dir, "auth.json")).then(done, done);
+  probes.set(dir, probe);
+  const late = new AbortController();
+  const answered = await Promise.race([probe.then(() => true), sleep(HUNG_MS, late.signal).then(() => false)]);
+  late.abort();
+  return answered;
+}
+
+/** The same, and tells of one that does not. */
+async function reaches({ dir }: Home, log: Log): Promise<boolean> {
+  const answered = await answers(dir);
+  if (!answered) log("error", "disk_hangs", `the disk under ${dir} does not answer, it is left alone`);
+  return answered;
+}
+
 // ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
 // Everything comes from the environment and is checked before anything is touched. A variable that is set to the empty
 // string counts as unset; a bad value is one clear line and exit code 64.
@@ -179,15 +350,6 @@ export function bypassesProxy(hostname: string, env: Environment): boolean {
   });
 }
 
-/** What there is at a path; null where nothing is, or nothing to be seen. */
-function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): fs.Stats | null {
-  try {
-    return look(path);
-  } catch {
-    return null;
-  }
-}
-
 /** One CODEX_HOME as it was named, and its status file. */
 export interface Home {
   readonly dir: string;
@@ -214,106 +376,6 @@ export async function readHomes(names: readonly string[], env: Environment): Pro
   const homes = new Map<string, Home>();
   for (const [real, home] of await Promise.all(all)) if (!homes.has(real)) homes.set(real, home);
   return [...homes.values()];
-}
-
-/** Calls on the disks of homes that have not returned yet. */
-const probes = new Map<string, Promise<boolean>>();
-
-/**
- * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and would
- * stop the whole process: so another thread makes one first. It keeps that thread, of which engines have few.
- */
-async function answers(dir: string): Promise<boolean> {
-  const done = () => probes.delete(dir);
-  const probe = probes.get(dir) ?? fs.promises.stat(join(dir, "auth.json")).then(done, done);
-  probes.set(dir, probe);
-  const late = new AbortController();
-  const answered = await Promise.race([probe.then(() => true), sleep(HUNG_MS, late.signal).then(() => false)]);
-  late.abort();
-  return answered;
-}
-
-/** The same, and tells of one that does not. */
-async function reaches({ dir }: Home, log: Log): Promise<boolean> {
-  const answered = await answers(dir);
-  if (!answered) log("error", "disk_hangs", `the disk under ${dir} does not answer, it is left alone`);
-  return answered;
-}
-
-/**
- * The path with symlinks resolved, as far as it exists. Bun does not find what is renamed over in that very moment, so that
- * a second look is needed.
- */
-function realPath(path: string, again = true): string {
-  try {
-    return fs.realpathSync(path);
-  } catch {
-    if (again && fs.existsSync(path)) return realPath(path, false);
-    return dirname(path) === path ? path : join(realPath(dirname(path)), basename(path));
-  }
-}
-
-/**
- * A token. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply` open
- * it. The latest values are remembered: a last net for one that comes back from outside, in an answer say.
- */
-export class Secret {
-  static #recent: string[] = [];
-  readonly #value: string;
-
-  constructor(value: string) {
-    this.#value = value;
-    // Anything as short as a word would garble every line.
-    if (value.length > 8) {
-      Secret.#recent = [...Secret.#recent.filter((each) => each !== value).slice(1 - REMEMBERED), value];
-    }
-  }
-  /** Replaces every token that is known by now. */
-  static redact(text: string): string {
-    return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
-  }
-  /** The value itself, for the request's body and for auth.json. */
-  open = (): string => this.#value;
-  /** The start of its SHA-256: tells tokens apart and gives none away. */
-  fingerprint = (): string =>
-    builtin("node:crypto").createHash("sha256").update(this.#value).digest("hex").slice(0, 16);
-  toString = (): string => "[redacted]";
-  toJSON = this.toString;
-  [Symbol.for("nodejs.util.inspect.custom")](): string {
-    return "[redacted]";
-  }
-  [Symbol.for("Deno.customInspect")](): string {
-    return "[redacted]";
-  }
-}
-
-/** A word that somebody else wrote, if it is harmless enough to repeat: letters, where digits may be a piece of a token. */
-function tame(word: unknown, form = /^[a-z_]{1,40}$/i): string | null {
-  return typeof word === "string" && form.test(word) && Secret.redact(word) === word ? word : null;
-}
-
-/** No control characters or line separators: a file name may hold a line break, a log line may not. */
-function oneLine(text: string): string {
-  return text.replace(/[^ -~\xa0-\u2027\u202a-\uffff]/g, "?");
-}
-
-export type Log = (level: "info" | "warning" | "error", event: string, text: string) => void;
-
-/** A log for one home; where there are several, each line names its home. */
-export function logTo(
-  write: (line: string) => void,
-  format: Settings["logFormat"],
-  home: Home | null,
-  many: boolean,
-): Log {
-  return (level, event, text) => {
-    const time = new Date().toISOString().replace(/\.\d+Z$/, "Z");
-    const message = oneLine(Secret.redact(text));
-    const name = home !== null && many ? `[${oneLine(home.dir)}] ` : "";
-    if (format === "text") return write(`[codex_auth_refresh ${time}] ${name}${message}`);
-    const pairs = [...message.matchAll(/(?<=[ (]|^)([a-z_]+)=([^\s()]+)/g)].map(([, key, value]) => [key, value]);
-    write(JSON.stringify({ ...Object.fromEntries(pairs), time, level, event, home: home?.dir ?? null, message }));
-  };
 }
 
 // ── decide ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -836,20 +898,6 @@ export function readAuth(path: string, flags = 0): Read {
   }
 }
 
-/** All of a regular file. Throws a {@link DiskError} for anything else. */
-function readBytes(path: string, flags = 0): Uint8Array {
-  // O_NONBLOCK: a FIFO in this place must not hang us.
-  const fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK | flags);
-  try {
-    const stat = fs.fstatSync(fd);
-    if (!stat.isFile()) throw new DiskError(stat.isDirectory() ? "EISDIR" : "EFTYPE");
-    if (stat.size > MAX_FILE_BYTES) throw new DiskError("EFBIG");
-    return fs.readFileSync(fd);
-  } finally {
-    closeQuietly(fd);
-  }
-}
-
 /**
  * Reads auth.json until it is whole, or the patience is at its end: older Codex CLIs truncate it and then write it, and a
  * look in between finds it empty or cut off.
@@ -1105,9 +1153,6 @@ function removeJournal({ path, next }: Pick<Journal, "path" | "next">): void {
 }
 
 // The proof, before the token is spent.
-
-/** Why no token is spent here, as a sentence for the operator. */
-class CannotStart extends Error {}
 
 /**
  * Proves that an answer can be stored, by laying the journal, open for writing: newlines enough to hold it, since JSON
@@ -1385,48 +1430,6 @@ async function publish(journal: Journal, content: string, inPlace: boolean): Pro
   } finally {
     closeQuietly(fd);
   }
-}
-
-class DiskError extends Error {
-  constructor(readonly code: string) {
-    super(code);
-  }
-}
-
-function readText(path: string): string | null {
-  try {
-    return new TextDecoder().decode(readBytes(path));
-  } catch {
-    return null;
-  }
-}
-
-function removeQuietly(path: string): void {
-  try {
-    fs.unlinkSync(path);
-  } catch {
-    // Already gone, or for the next attempt to find.
-  }
-}
-
-/** What matters was fsynced before; an error of close() has nothing to add. */
-function closeQuietly(fd: number): void {
-  try {
-    fs.closeSync(fd);
-  } catch {
-    // See above.
-  }
-}
-
-/** A system error's code, else the error's class: what a log line may say of it. */
-function errorName(error: unknown): string {
-  const { code, name } = error as { code?: unknown; name?: unknown };
-  const word = [code, name].find((word) => typeof word === "string" && /^\w+$/.test(word)) as string | undefined;
-  return word === "EOPNOTSUPP" ? "ENOTSUP" : word ?? "Error"; // Linux has one number for both, and engines either name
-}
-
-async function sleep(milliseconds: number, signal?: AbortSignal): Promise<void> {
-  await builtin("node:timers/promises").setTimeout(milliseconds, undefined, { signal }).catch(() => {}); // woken
 }
 
 // ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
