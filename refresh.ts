@@ -9,6 +9,7 @@
  * Refresh tokens are single use. Whoever redeems one and does not store the answer has destroyed the login, and of two
  * processes that redeem the same one the second is locked out. Most of what follows is about these two sentences:
  *
+ *   (before them)   what all of them use: tokens that cannot be printed, the log, files, disks that hang
  *   configuration   what the environment says
  *   decide          text and clock in, verdict out
  *   post            the one request, the only part that touches the network
@@ -70,8 +71,9 @@ const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the int
 // Tokens that cannot be printed by accident and the log, files and their errors, disks that hang, sleep.
 
 /**
- * A token. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply` open
- * it. The latest values are remembered: a last net for one that comes back from outside, in an answer say.
+ * A token by itself. Printed, interpolated, inspected, serialised or thrown it shows `[redacted]`; only `post` and `apply`
+ * open it. The latest values, those in documents too, are remembered: a last net for one that comes back from outside, in
+ * an answer say.
  */
 export class Secret {
   static #recent: string[] = [];
@@ -214,25 +216,25 @@ function realPath(path: string, again = true): string {
 }
 
 /** Calls on the disks of homes that have not returned yet. */
-const probes = new Map<string, Promise<boolean>>();
+const outstanding = new Map<string, Promise<boolean>>();
 
 /**
  * Whether a home's disk answers. A call on a network mount that hangs can be neither waited for nor taken back, and would
  * stop the whole process: so another thread makes one first. It keeps that thread, of which engines have few.
  */
-async function answers(dir: string): Promise<boolean> {
-  const done = () => probes.delete(dir);
-  const probe = probes.get(dir) ?? fs.promises.stat(join(dir, "auth.json")).then(done, done);
-  probes.set(dir, probe);
+async function diskAnswers(dir: string): Promise<boolean> {
+  const done = () => outstanding.delete(dir);
+  const call = outstanding.get(dir) ?? fs.promises.stat(join(dir, "auth.json")).then(done, done);
+  outstanding.set(dir, call);
   const late = new AbortController();
-  const answered = await Promise.race([probe.then(() => true), sleep(HUNG_MS, late.signal).then(() => false)]);
+  const answered = await Promise.race([call.then(() => true), sleep(HUNG_MS, late.signal).then(() => false)]);
   late.abort();
   return answered;
 }
 
 /** The same, and tells of one that does not. */
 async function reaches({ dir }: Home, log: Log): Promise<boolean> {
-  const answered = await answers(dir);
+  const answered = await diskAnswers(dir);
   if (!answered) log("error", "disk_hangs", `the disk under ${dir} does not answer, it is left alone`);
   return answered;
 }
@@ -363,7 +365,7 @@ export async function readHomes(names: readonly string[], env: Environment): Pro
     if (name === "") throw new UsageError("an empty CODEX_HOME argument");
     const dir = resolve(name.replace(/^~(?=\/|$)/, env.HOME || "~")); // no shell has expanded it
     const home = { dir, status: join(dir, STATUS_FILE) };
-    if (names.length > 1 && !await answers(dir)) return [dir, home];
+    if (names.length > 1 && !await diskAnswers(dir)) return [dir, home];
     const found = statOf(dir);
     if (found?.isDirectory() === false) {
       throw new UsageError(`${dir}: not a directory; name the folder that holds auth.json`);
@@ -403,7 +405,8 @@ export type Verdict = { readonly credential: Credential } & (Skip | Refresh);
 
 interface Skip {
   readonly due: false;
-  readonly outcome: "skip" | "skip:no_auth_json";
+  readonly why: "absent" | "unreadable" | "other mode" | "no token" | "fresh";
+  /** The same for the log. */
   readonly text: string;
   /** Why auth.json cannot be read. `blocked`: not for its content, so that another look may succeed. */
   readonly error: string | null;
@@ -428,25 +431,26 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   const document = read.kind === "whole" ? read.document : {};
   const credential = credentialOf(document, nowMs);
   const { lastRefreshMs, expiresMs, refreshToken: token } = credential;
-  const skip = (text: string, more: Partial<Skip> = {}): Verdict => (
-    { credential, due: false, outcome: "skip", text, error: null, blocked: false, ...more }
+  const skip = (why: Skip["why"], text: string, error: string | null = null, blocked = false): Verdict => (
+    { credential, due: false, why, text, error, blocked }
   );
-  if (read.kind === "unreadable") {
-    return skip(`unreadable:${read.error}`, { error: read.error, blocked: !read.torn });
-  }
-  if (read.kind !== "whole") return skip("no_auth_json", { outcome: "skip:no_auth_json" });
+  const unreadable = (error: string, blocked: boolean) => skip("unreadable", `unreadable:${error}`, error, blocked);
+  if (read.kind === "unreadable") return unreadable(read.error, !read.torn);
+  if (read.kind !== "whole") return skip("absent", "no_auth_json");
   const mode = document.auth_mode ?? "";
-  if (typeof mode !== "string") return skip("unreadable:TypeError", { error: "TypeError" });
+  if (typeof mode !== "string") return unreadable("TypeError", false);
   // Logins from before auth_mode existed are ChatGPT's unless they hold another credential (AuthDotJson::resolved_mode in
   // codex-rs/login/src/auth/manager.rs).
   const others = ["OPENAI_API_KEY", "personal_access_token", "bedrock_api_key", "bedrock_access_keys"];
-  if (mode === "" && others.some((name) => (document[name] ?? null) !== null)) return skip("auth_mode=none");
+  if (mode === "" && others.some((name) => (document[name] ?? null) !== null)) {
+    return skip("other mode", "auth_mode=none");
+  }
   const modes = ["", "chatgpt", "chatgpt_auth_tokens"];
   if (!modes.includes(mode.toLowerCase())) {
     const shown = tame(mode, /^[ -~]{1,40}$/)?.toLowerCase() ?? "unknown";
-    return skip(`auth_mode=${shown}`);
+    return skip("other mode", `auth_mode=${shown}`);
   }
-  if (token === null) return skip("no_refresh_token");
+  if (token === null) return skip("no token", "no_refresh_token");
 
   const exp = expiresMs === null ? null : Math.trunc((expiresMs - nowMs) / SECOND);
   const age = ageSeconds(lastRefreshMs, nowMs);
@@ -455,7 +459,7 @@ export function decide(read: Read, nowMs: number, { marginSeconds, staleSeconds 
   if (age !== null && age >= staleSeconds) reasons.push(`last_refresh_age=${age}s>=${staleSeconds}s`);
   if (exp === null && age === null) reasons.push("unparseable_metadata");
   if (force && reasons.length === 0) reasons.push("forced");
-  if (reasons.length === 0) return skip(`fresh exp_in=${exp ?? "unknown"}s age=${age ?? "unknown"}s`);
+  if (reasons.length === 0) return skip("fresh", `fresh exp_in=${exp ?? "unknown"}s age=${age ?? "unknown"}s`);
   return { credential, due: true, reasons: reasons.join(","), token, document };
 }
 
@@ -1563,12 +1567,11 @@ export function view(home: string, read: Read, status: Status, odd: string[], no
   const fromMs = typeof issued === "number" ? issued * SECOND : lastRefreshMs;
   const seconds = (from: number | null) =>
     expiresMs === null || from === null ? null : Math.trunc((expiresMs - from) / SECOND);
-  const text = verdict.due ? "" : verdict.text;
-  const unused = text.startsWith("auth_mode=") && refreshToken !== null;
+  const unused = !verdict.due && verdict.why === "other mode" && refreshToken !== null ? verdict.text : null;
   return {
     home,
     ...diagnose(home, verdict, status, nowMs, settings),
-    warnings: [...odd, ...(unused ? [`${text}, so the refresh token is not used`] : [])],
+    warnings: [...odd, ...(unused === null ? [] : [`${unused}, so the refresh token is not used`])],
     plan: tame(chatgpt_plan_type),
     account_id: tame(chatgpt_account_id, /^[0-9a-z-]{1,40}$/i),
     access_token_remaining_seconds: seconds(nowMs),
@@ -1611,7 +1614,7 @@ function diagnose(
   { intervalSeconds }: Settings,
 ): Pick<View, "state" | "reason" | "advice"> {
   const { expiresMs, lastRefreshMs, refreshToken } = verdict.credential;
-  const text = verdict.due ? "a refresh is due" : verdict.text;
+  const [why, text] = verdict.due ? ["due", "a refresh is due"] : [verdict.why, verdict.text];
   const unhealthy = (reason: string, advice: string | null) => ({ state: "unhealthy", reason, advice }) as const;
   const inert = (reason: string) => ({ state: "inert", reason, advice: null }) as const;
   const lastRun = parseTimestamp(status.watchdog_last_run_iso);
@@ -1621,9 +1624,9 @@ function diagnose(
   const down = !planned && (lastRun === null || nowMs - lastRun > 2 * intervalSeconds * SECOND);
   const start = down ? `start the watchdog, it ${ran}` : null;
 
-  if (text === "no_auth_json") return inert("no login yet");
-  if (text === "no_refresh_token") return inert("no refresh token, so nothing to keep alive");
-  if (text.startsWith("auth_mode=")) return inert(`no ChatGPT login, so nothing to keep alive (${text})`);
+  if (why === "absent") return inert("no login yet");
+  if (why === "no token") return inert("no refresh token, so nothing to keep alive");
+  if (why === "other mode") return inert(`no ChatGPT login, so nothing to keep alive (${text})`);
   if (nextRun !== null && nowMs > nextRun + 5 * MINUTE && (lastRun ?? 0) < nextRun) {
     return unhealthy(`the watchdog ${ran} and is overdue`, "start the watchdog, it is down or stuck");
   }
@@ -1657,7 +1660,7 @@ async function viewAll(
   guarded: boolean,
 ): Promise<View[]> {
   const views = await Promise.all(homes.map(async (home) => {
-    const hangs = guarded && !await answers(home.dir);
+    const hangs = guarded && !await diskAnswers(home.dir);
     const read: Read = hangs
       ? { kind: "unreadable", error: "ETIMEDOUT", torn: false }
       : await readSettled(locate(home).path);
@@ -2039,20 +2042,19 @@ function failed(outcome: Outcome, event: string, what: string, why: string): End
 }
 
 function skipped(verdict: Verdict & Skip, path: string, home: Home): Ending {
-  const { outcome, text, error, credential } = verdict;
+  const { why, text, error, credential } = verdict;
   const absent = `skip: ${path} absent or empty (no chatgpt-subscription auth in this workspace)`;
   const lines: Parameters<Log>[] = [
-    outcome === "skip:no_auth_json" ? ["info", "no_auth_json", absent] : ["info", "no_op", `no-op: ${text}`],
+    why === "absent" ? ["info", "no_auth_json", absent] : ["info", "no_op", `no-op: ${text}`],
   ];
   if (error !== null) {
     const { what, help } = describeUnreadable(home.dir, error);
     lines.push(["warning", "unreadable", `${path} ${what}: ${help}`]);
   }
-  if (text.startsWith("auth_mode=") && credential.refreshToken !== null) {
-    const why = "there is a refresh token, which logins of this auth_mode do not use";
-    lines.push(["warning", "ignored_token", why]);
+  if (why === "other mode" && credential.refreshToken !== null) {
+    lines.push(["warning", "ignored_token", "there is a refresh token, which logins of this auth_mode do not use"]);
   }
-  return { outcome, detail: text, lines, verdict };
+  return { outcome: why === "absent" ? "skip:no_auth_json" : "skip", detail: text, lines, verdict };
 }
 
 function permanent(home: Home, status: string | number, code: string, why: string): Parameters<Log> {
@@ -2433,7 +2435,7 @@ export async function loop(
 /** A clock that was set back must not make a planned wait longer. */
 function setBack(watch: Watch, milliseconds: number, now: number): void {
   watch.at -= milliseconds;
-  const hangs = probes.has(watch.home.dir);
+  const hangs = outstanding.has(watch.home.dir);
   if (watch.at > now && !hangs) writeStatus(watch.home, watch.log, () => ({ next_run_iso: iso(watch.at) }));
 }
 
@@ -2700,7 +2702,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   const seconds = `interval=${interval}s safety_margin=${margin}s stale_after=${stale}s`;
   log("info", "started", `watchdog: starting (${seconds} codex_home=${homes.map(({ dir }) => dir).join(",")})`);
   // Of a home that does not answer the loop itself tells.
-  await Promise.all(homes.map(async (home) => await answers(home.dir) && warn(home)));
+  await Promise.all(homes.map(async (home) => await diskAnswers(home.dir) && warn(home)));
   if (address !== null) {
     const port = await listen(address, views, stop);
     log("info", "listening", `listening on ${address.host} port ${port}`);
@@ -2782,6 +2784,6 @@ function withoutPaths(each: View): View {
 if (import.meta.main !== false) {
   const code = await main(process.argv.slice(2), process.env);
   // Node.js would wait for its threads, one of which may wait for a disk for ever.
-  if (ENGINE === "node" && probes.size > 0) process.kill(process.pid, "SIGKILL");
+  if (ENGINE === "node" && outstanding.size > 0) process.kill(process.pid, "SIGKILL");
   process.exit(code);
 }

@@ -45,6 +45,48 @@ function seeded(seed: number): () => number {
   };
 }
 
+// ── what every section uses ──────────────────────────────────────────────────────────────────────
+
+Deno.test("a token shows itself to nobody", () => {
+  const value = "rt_very-secret-value-0123456789";
+  const secret = new car.Secret(value);
+  const thrown = assertThrows(() => {
+    throw new Error(`no luck with ${secret}`);
+  }, Error);
+  const shown = [`${secret}`, "" + secret, String(secret), JSON.stringify({ secret }), JSON.stringify([secret])];
+  shown.push(Deno.inspect(secret), Deno.inspect({ deep: [secret] }), thrown.message, String(Object.values(secret)));
+  for (const text of shown) assert(!text.includes("very-secret"), text);
+  for (const text of shown.slice(0, 7)) assertMatch(text, /\[redacted\]/);
+  assertEquals(secret.open(), value);
+  assertEquals(car.Secret.redact(`a ${value} b ${value}`), "a [redacted] b [redacted]");
+  for (let other = 0; other < 127; other++) new car.Secret(`another-token-${other}`);
+  new car.Secret(value); // seen again, so not the oldest any more
+  for (let other = 0; other < 127; other++) new car.Secret(`a-further-token-${other}`);
+  assertEquals(car.Secret.redact(value), "[redacted]");
+  assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
+});
+
+Deno.test("a log line is one line, names its home where there are several, and what it tells forges no field", () => {
+  const home = { dir: "/x\ny", status: "" };
+  const log = (format: "text" | "json", many: boolean, text: string) => {
+    const lines: string[] = [];
+    car.logTo((line) => lines.push(line), format, home, many)("warning", "tested", text);
+    assertEquals(lines.length, 1);
+    return lines[0] ?? "";
+  };
+  new car.Secret("rt_that-is-logged");
+  const rows: [string, string][] = [["a\nb\u2028c\x1b[2J", "a?b?c?[2J"], ["x rt_that-is-logged", "x [redacted]"]];
+  for (const [text, shown] of rows) {
+    assertEquals(log("text", false, text).replace(PREFIX, ""), shown);
+    assertEquals(log("text", true, text).replace(PREFIX, ""), `[/x?y] ${shown}`);
+  }
+  const message = "refresh: x (http=200 rotated=a,b) level=forged event=forged home=forged time=0 message=forged";
+  const { time, ...fields } = JSON.parse(log("json", true, message)) as Fields;
+  assert(Math.abs(Date.parse(String(time)) - Date.now()) < 60_000, String(time));
+  const own = { level: "warning", event: "tested", home: home.dir, message };
+  assertEquals(fields, { http: "200", rotated: "a,b", ...own });
+});
+
 // ── configuration ────────────────────────────────────────────────────────────────────────────────
 
 const URL_NAME = "CODEX_REFRESH_TOKEN_URL_OVERRIDE";
@@ -216,46 +258,6 @@ Deno.test("a home that is named twice is one, by whatever path", async () => {
   assertEquals((await car.readHomes(names, {})).map(({ dir }) => dir), [real, join(scratch, "absent")]);
 });
 
-Deno.test("a token shows itself to nobody", () => {
-  const value = "rt_very-secret-value-0123456789";
-  const secret = new car.Secret(value);
-  const thrown = assertThrows(() => {
-    throw new Error(`no luck with ${secret}`);
-  }, Error);
-  const shown = [`${secret}`, "" + secret, String(secret), JSON.stringify({ secret }), JSON.stringify([secret])];
-  shown.push(Deno.inspect(secret), Deno.inspect({ deep: [secret] }), thrown.message, String(Object.values(secret)));
-  for (const text of shown) assert(!text.includes("very-secret"), text);
-  for (const text of shown.slice(0, 7)) assertMatch(text, /\[redacted\]/);
-  assertEquals(secret.open(), value);
-  assertEquals(car.Secret.redact(`a ${value} b ${value}`), "a [redacted] b [redacted]");
-  for (let other = 0; other < 127; other++) new car.Secret(`another-token-${other}`);
-  new car.Secret(value); // seen again, so not the oldest any more
-  for (let other = 0; other < 127; other++) new car.Secret(`a-further-token-${other}`);
-  assertEquals(car.Secret.redact(value), "[redacted]");
-  assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
-});
-
-Deno.test("a log line is one line, names its home where there are several, and what it tells forges no field", () => {
-  const home = { dir: "/x\ny", status: "" };
-  const log = (format: "text" | "json", many: boolean, text: string) => {
-    const lines: string[] = [];
-    car.logTo((line) => lines.push(line), format, home, many)("warning", "tested", text);
-    assertEquals(lines.length, 1);
-    return lines[0] ?? "";
-  };
-  new car.Secret("rt_that-is-logged");
-  const rows: [string, string][] = [["a\nb\u2028c\x1b[2J", "a?b?c?[2J"], ["x rt_that-is-logged", "x [redacted]"]];
-  for (const [text, shown] of rows) {
-    assertEquals(log("text", false, text).replace(PREFIX, ""), shown);
-    assertEquals(log("text", true, text).replace(PREFIX, ""), `[/x?y] ${shown}`);
-  }
-  const message = "refresh: x (http=200 rotated=a,b) level=forged event=forged home=forged time=0 message=forged";
-  const { time, ...fields } = JSON.parse(log("json", true, message)) as Fields;
-  assert(Math.abs(Date.parse(String(time)) - Date.now()) < 60_000, String(time));
-  const own = { level: "warning", event: "tested", home: home.dir, message };
-  assertEquals(fields, { http: "200", rotated: "a,b", ...own });
-});
-
 // ── decide ───────────────────────────────────────────────────────────────────────────────────────
 
 const SETTINGS = { marginSeconds: 14400, staleSeconds: 604800, intervalSeconds: 21600 };
@@ -271,11 +273,11 @@ function verdict(change: Fields, tokens: Fields = {}, force = false): string {
 
 function verdictOn(read: car.Read, force = true): string {
   const verdict = car.decide(read, NOW, SETTINGS, force);
-  return verdict.due ? `refresh ${verdict.reasons}` : `${verdict.outcome} ${verdict.text}`;
+  return verdict.due ? `refresh ${verdict.reasons}` : `skip ${verdict.text}`;
 }
 
 Deno.test("every verdict has its text", () => {
-  for (const kind of ["absent", "empty"] as const) assertEquals(verdictOn({ kind }), "skip:no_auth_json no_auth_json");
+  for (const kind of ["absent", "empty"] as const) assertEquals(verdictOn({ kind }), "skip no_auth_json");
   assertEquals(verdictOn({ kind: "unreadable", error: "EIO", torn: false }), "skip unreadable:EIO");
   const aged = "last_refresh_age=777600s>=604800s";
   const rows: [Fields, Fields, string][] = [
