@@ -382,8 +382,6 @@ export interface Case {
   meanwhile?: Step;
   /** Not once, but until it has refreshed. */
   loop?: boolean;
-  /** In other homes than the scene's own. */
-  homes?: (scene: Scene) => string[];
   env?: Record<string, string>;
   under?: (scene: Scene) => string[];
   ends: Ending;
@@ -398,7 +396,7 @@ async function prove(row: Case): Promise<void> {
   await using scene = await Scene.open();
   await scene.do(row.arrange ?? (() => {}));
   if (row.meanwhile !== undefined) scene.meanwhile(row.meanwhile);
-  const args = [...row.loop ? [] : ["--once"], ...row.homes?.(scene) ?? []];
+  const args = [...row.loop ? [] : ["--once"]];
   const running = scene.start(args, row.env, row.under?.(scene));
   if (row.loop) {
     await Promise.race([running.ended, until(() => scene.status.startsWith("refreshed"), "the loop has refreshed")]);
