@@ -2427,7 +2427,7 @@ export async function loop(
     alarm = new AbortController();
     const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
     await clock.sleep(Math.max(0, Math.min(looked + STEP_MS - clock.uptime(), next - clock.now())), alarm.signal);
-    await clock.sleep(0); // lets a signal in that has come: homes that end one after the other would have the loop begin again before
+    await clock.sleep(0); // lets a signal in that has come, before anything further is begun
   }
   await Promise.all(running);
 }
