@@ -2406,7 +2406,7 @@ export async function loop(
   });
   const shared: Shared = { settings, stop, giveUpAt: () => stoppedAt + MINUTE, force: false, clock, done };
 
-  let [wall, up, looked] = [clock.now(), clock.uptime(), -Infinity];
+  let [wall, up, looked, next] = [clock.now(), clock.uptime(), -Infinity, Infinity];
   while (!stop.aborted) {
     const now = clock.now();
     const setBackBy = clock.uptime() - up - (now - wall); // what the wall clock lags behind the time that has passed
@@ -2417,15 +2417,14 @@ export async function loop(
     for (const watch of watches) {
       if (wasSetBack) setBack(watch, setBackBy, now);
       if (watch.busy || now < watch.at && !isStep) continue;
-      const planned = watch.at;
-      const visited = visit(watch, now >= planned, shared).finally(() => {
+      const visited = visit(watch, now >= watch.at, shared).finally(() => {
         running.delete(visited);
-        if (now >= planned || watch.at !== planned) alarm.abort();
+        if (watch.at < next) alarm.abort();
       });
       running.add(visited);
     }
     alarm = new AbortController();
-    const next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
+    next = Math.min(...watches.map((watch) => watch.busy ? Infinity : watch.at));
     await clock.sleep(Math.max(0, Math.min(looked + STEP_MS - clock.uptime(), next - clock.now())), alarm.signal);
     await clock.sleep(0); // lets a signal in that has come, before anything further is begun
   }

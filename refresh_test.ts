@@ -888,6 +888,8 @@ class Loop {
   readonly homes: { dir: string; auth: string; login: ReturnType<Mock["login"]> }[];
   onLine: (line: string) => void = () => {};
   hangUp = () => {};
+  /** How long it has been going to sleep, in milliseconds, the last time. */
+  nap = 0;
 
   constructor(readonly mock: Mock, name: string, ...expiries: number[]) {
     this.homes = expiries.map((accessTokenSeconds, index) => {
@@ -913,6 +915,7 @@ class Loop {
       sleep: (milliseconds, signal = new AbortController().signal) => {
         const woken = new AbortController();
         if (milliseconds > 1000) sleepers.add(() => woken.abort());
+        if (milliseconds > 0) this.nap = milliseconds;
         return car.CLOCK.sleep(milliseconds, AbortSignal.any([signal, woken.signal]));
       },
     };
@@ -978,6 +981,15 @@ Deno.test("a login that is written in the last moment of an attempt is noticed a
     step();
     await loop.said(0, /^refresh: ok /);
     assertEquals(mock.redeemed(login.refresh_token), 1);
+  });
+});
+
+Deno.test("a look once a minute does not put off what is planned before the next one", async () => {
+  const loop = new Loop(await startMockServer(), "planned", 14_400 + 60);
+  await loop.run(async (step) => {
+    await loop.said(0, /^next check in 1 min/);
+    step();
+    await until("it sleeps until the plan", () => loop.nap < 20_000);
   });
 });
 
