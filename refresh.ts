@@ -154,13 +154,18 @@ class DiskError extends Error {
 /** Why no token is spent here, as a sentence for the operator. */
 class CannotStart extends Error {}
 
-/** What there is at a path; null where nothing is, or nothing to be seen. */
-function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): fs.Stats | null {
+/** For what may fail, where that is all there is to know: null then. */
+function quietly<T>(call: () => T): T | null {
   try {
-    return look(path);
+    return call();
   } catch {
     return null;
   }
+}
+
+/** What there is at a path; null where nothing is, or nothing to be seen. */
+function statOf(path: string, look: (path: string) => fs.Stats = fs.statSync): fs.Stats | null {
+  return quietly(() => look(path));
 }
 
 /** All of a regular file. Throws a {@link DiskError} for anything else. */
@@ -178,28 +183,17 @@ function readBytes(path: string, flags = 0): Uint8Array {
 }
 
 function readText(path: string): string | null {
-  try {
-    return new TextDecoder().decode(readBytes(path));
-  } catch {
-    return null;
-  }
+  return quietly(() => new TextDecoder().decode(readBytes(path)));
 }
 
+/** What cannot be removed is gone already, or for the next attempt to find. */
 function removeQuietly(path: string): void {
-  try {
-    fs.unlinkSync(path);
-  } catch {
-    // Already gone, or for the next attempt to find.
-  }
+  quietly(() => fs.unlinkSync(path));
 }
 
 /** What matters was fsynced before; an error of close() has nothing to add. */
 function closeQuietly(fd: number): void {
-  try {
-    fs.closeSync(fd);
-  } catch {
-    // See above.
-  }
+  quietly(() => fs.closeSync(fd));
 }
 
 /**
@@ -507,13 +501,9 @@ export function parseTimestamp(text: string): number | null {
 export function claimsOf(jwt: string): JsonObject | null {
   const [, payload] = /^[^.]*\.([\w-]+)=*\./.exec(jwt) ?? [];
   if (payload === undefined) return null;
-  try {
-    const bytes = decodeBase64Url(payload);
-    const claims: unknown = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
-    return isObject(claims) ? claims : null;
-  } catch {
-    return null;
-  }
+  const decode = () => new TextDecoder("utf-8", { fatal: true }).decode(decodeBase64Url(payload));
+  const claims: unknown = quietly(() => JSON.parse(decode()));
+  return isObject(claims) ? claims : null;
 }
 
 /** What OpenAI's tokens say of plan and account. */
@@ -635,9 +625,8 @@ function engineOptions({ proxy }: Endpoint, roots: string[]): { options: object;
   const close = () => {};
   if (ENGINE === "deno") {
     try {
-      const [username = "", password = ""] = [proxy?.username, proxy?.password].map((part) =>
-        decodeURIComponent(part ?? "")
-      );
+      const login = [proxy?.username ?? "", proxy?.password ?? ""];
+      const [username = "", password = ""] = login.map((part) => decodeURIComponent(part));
       const basicAuth = username + password === "" ? {} : { basicAuth: { username, password } };
       const through = proxy === null ? {} : { proxy: { url: proxy.origin, ...basicAuth } };
       const client = Deno.createHttpClient({ caCerts: roots, poolMaxIdlePerHost: 0, http2: false, ...through });
@@ -649,17 +638,10 @@ function engineOptions({ proxy }: Endpoint, roots: string[]): { options: object;
   // Bun and Node.js take roots instead of their own, not beside them.
   const all = () => [...builtin("node:tls").rootCertificates, ...roots];
   if (ENGINE === "bun") {
-    const ca = roots.length === 0 ? {} : { ca: all() };
+    const tls = { rejectUnauthorized: true, ...(roots.length === 0 ? {} : { ca: all() }) };
     const through = proxy === null ? {} : { proxy: proxy.href };
     // Verbose, which a variable can ask for, shows the token; of what it decompresses, all is lost with a cut trailer.
-    const options = {
-      keepalive: false,
-      verbose: false,
-      decompress: false,
-      tls: { rejectUnauthorized: true, ...ca },
-      ...through,
-    };
-    return { options, close };
+    return { options: { keepalive: false, verbose: false, decompress: false, tls, ...through }, close };
   }
   const [tls, http] = [builtin("node:tls"), builtin("node:http")] as { [name: string]: unknown }[];
   const set = (what: string, since: string, call: unknown, value: unknown) => {
@@ -1024,9 +1006,8 @@ function tryLock({ path: auth, owner }: Target, giveWay: () => void): Lock | nul
   } catch (error) {
     const why = (error as Error).message;
     if (why.includes("database is locked")) return null;
-    throw new CannotStart(
-      `${path} cannot be locked: ${mayActFor(before.uid) ? why : `no permission, it is user ${before.uid}'s`}`,
-    );
+    const cause = mayActFor(before.uid) ? why : `no permission, it is user ${before.uid}'s`;
+    throw new CannotStart(`${path} cannot be locked: ${cause}`);
   } finally {
     if (!locked) database?.close();
   }
@@ -1132,11 +1113,7 @@ async function replaceFile(journal: Journal, content: string): Promise<void> {
     fs.renameSync(next, path);
     await syncDirectory(path);
   } catch (error) {
-    try {
-      keepOneAnswer(journal);
-    } catch {
-      // For the next try.
-    }
+    quietly(() => keepOneAnswer(journal)); // else the next try does
     throw error;
   }
 }
@@ -1271,12 +1248,11 @@ async function persevere(
   durable: string | null,
   { inPlace, giveUpAt, onFailure }: Perseverance,
 ): Promise<Stored> {
-  let known = durable;
   for (let pause = 250;; pause = Math.min(2 * pause, 5 * SECOND)) {
     try {
-      return await settle(journal, answer, known, inPlace);
+      return await settle(journal, answer, durable, inPlace);
     } catch (error) {
-      known = null;
+      durable = null;
       onFailure(error);
       if (uptime() >= giveUpAt()) throw new NotStored(`${describeDisk(error)}. ${whereKept(journal, answer)}`);
       await sleep(pause);
@@ -2082,12 +2058,11 @@ function refused(answer: Exclude<Answer, { kind: "granted" }>, sent: string, hom
     const rejected = isDead(answer) ? sent : null;
     return { outcome: `fail:permanent_${answer.status}`, detail: answer.code, lines, rejected };
   }
-  const { detail } = answer;
   if (answer.kind === "useless") {
-    return failed("fail:apply_response", "apply_failed", `apply_response failed (http=${http})`, detail);
+    return failed("fail:apply_response", "apply_failed", `apply_response failed (http=${http})`, answer.detail);
   }
+  const { detail, retryAfterMs } = answer;
   const text = `refresh: transient failure (http=${http}): ${detail}; worth another try`;
-  const { retryAfterMs } = answer;
   return { outcome: `fail:transient_${http}`, detail, lines: [["warning", "transient", text]], retryAfterMs };
 }
 
@@ -2363,13 +2338,12 @@ async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void
 async function run(watch: Watch, shared: Shared): Promise<void> {
   const { home, log } = watch;
   const before = identify(home);
-  const ending = await attempt(home, { ...shared, log }, (ending, verdict) => {
-    const unreadable = !verdict.due && verdict.blocked && ending.outcome === "skip";
-    const asked = /^fail:(transient|permanent|apply)/.test(ending.outcome) && identify(home) === before;
-    watch.failures = unreadable || exitCode(ending.outcome) === 2 ? watch.failures + 1 : 0;
-    watch.askedInVain = asked ? verdict.credential.refreshToken?.fingerprint() ?? null : null;
+  const ending = await attempt(home, { ...shared, log }, ({ outcome, retryAfterMs = null }, verdict) => {
     const { due, credential } = verdict;
-    const { outcome, retryAfterMs = null } = ending;
+    const unreadable = !verdict.due && verdict.blocked && outcome === "skip";
+    const asked = /^fail:(transient|permanent|apply)/.test(outcome) && identify(home) === before;
+    watch.failures = unreadable || exitCode(outcome) === 2 ? watch.failures + 1 : 0;
+    watch.askedInVain = asked ? credential.refreshToken?.fingerprint() ?? null : null;
     return plan(watch, { outcome: unreadable ? "unreadable" : outcome, due, credential, retryAfterMs }, shared);
   });
   // What was written while we looked was not ours unless we refreshed: the next step sees the difference.
@@ -2439,11 +2413,7 @@ function setBack(watch: Watch, milliseconds: number, now: number): void {
 }
 
 function hasJournals(path: string): boolean {
-  try {
-    return findJournals(path).length > 0;
-  } catch {
-    return true; // for an attempt to say
-  }
+  return quietly(() => findJournals(path).length > 0) ?? true; // what fails is for an attempt to say
 }
 
 /** What changes when auth.json is written, replaced or made readable; no more than a stat. */
@@ -2632,9 +2602,8 @@ async function main(args: readonly string[], env: Environment): Promise<number> 
     return await start(args, env, write);
   } catch (error) {
     const usage = error instanceof UsageError;
-    write(
-      `codex_auth_refresh: ${oneLine(Secret.redact(String((error as Error).message)))}${usage ? " (see --help)" : ""}`,
-    );
+    const why = oneLine(Secret.redact(String((error as Error).message)));
+    write(`codex_auth_refresh: ${why}${usage ? " (see --help)" : ""}`);
     return usage ? 64 : 2;
   } finally {
     await settled();
@@ -2654,9 +2623,7 @@ async function start(args: readonly string[], env: Environment, write: (line: st
   checkEngine();
   const flags = readArguments(args);
   if (flags.help) return print(HELP);
-  if (flags.version) {
-    return print(`codex_auth_refresh ${VERSION} (${ENGINE} ${versions[ENGINE]})\n`);
-  }
+  if (flags.version) return print(`codex_auth_refresh ${VERSION} (${ENGINE} ${versions[ENGINE]})\n`);
   const settings = readSettings(env);
   const homes = await readHomes(flags.homes, env);
   const address = flags.listen === undefined ? null : readAddress(flags.listen);
