@@ -64,6 +64,7 @@ const STEP_MS = 45 * SECOND; // the longest sleep: a new login is noticed within
 const EXEC_MS = 60 * SECOND; // what the operator's command may take
 const EXEC_STOP_MS = 5 * SECOND; // the same once a SIGTERM has come
 const MAX_OUTPUT = 16 << 10; // how much of what it prints goes into the log
+const MAX_LINES = 4096; // of the log that wait for a pipe that blocks: a thousand homes have two thousand to say
 const HUNG_MS = 10 * SECOND; // a disk that takes longer to say whether a file is there does not answer
 const FIRST_BACKOFF_MS = 5 * SECOND; // doubles with each failure, up to the interval
 
@@ -942,28 +943,38 @@ interface Lock {
 
 const lockOf = (path: string) => join(dirname(path), "auth_refresh.lock");
 
-let places = PLACES;
-const queue: (() => void)[] = [];
-
-/** Waits for one of the places; what is returned gives it back, once. */
-async function takePlace(): Promise<() => void> {
-  if (places > 0) places--;
-  else await new Promise<void>((go) => queue.push(go));
-  let held = true;
-  return () => {
-    if (!held) return;
-    held = false;
-    const next = queue.shift();
-    if (next === undefined) places++;
-    else next();
-  };
+/** So many at a time, the others in a queue. */
+class Places {
+  readonly #queue: (() => void)[] = [];
+  constructor(public free: number) {}
+  get waiting(): number {
+    return this.#queue.length;
+  }
+  /** Waits for a place; what is returned gives it back, once. */
+  async take(): Promise<() => void> {
+    if (this.free > 0) this.free--;
+    else await new Promise<void>((go) => this.#queue.push(go));
+    let held = true;
+    return () => {
+      if (!held) return;
+      held = false;
+      const next = this.#queue.shift();
+      if (next === undefined) this.free++;
+      else next();
+    };
+  }
 }
+
+const places = new Places(PLACES);
+/** The operator's commands: a hundred at once would take the memory that the watchdog has. */
+const commands = new Places(PLACES);
 
 /** Takes a home's turn; null where it was not to be had within 180 s, or before `stop`. Throws what the disk throws. */
 async function takeLock(target: Target, stop: AbortSignal): Promise<Lock | null> {
-  const deadline = uptime() + LOCK_WAIT_MS;
+  let deadline = Infinity;
   while (!stop.aborted) {
-    const giveWay = await takePlace();
+    const giveWay = await places.take();
+    deadline = Math.min(deadline, uptime() + LOCK_WAIT_MS);
     let lock: Lock | null = null;
     try {
       lock = tryLock(target, giveWay);
@@ -1676,12 +1687,12 @@ function oddPlace(path: string): string | null {
  * home's, else of the machine's (codex-rs/config/src/types.rs, AuthCredentialsStoreMode).
  */
 function oddStore(home: Home, etc: string, absent: boolean): string | null {
-  const places = {
+  const files = {
     "the managed configuration": join(etc, "managed_config.toml"),
     "config.toml": join(home.dir, "config.toml"),
     "the machine's config.toml": join(etc, "config.toml"),
   };
-  for (const [place, path] of Object.entries(places)) {
+  for (const [place, path] of Object.entries(files)) {
     const text = readText(path);
     if (text === null) continue;
     let store: unknown;
@@ -1890,9 +1901,9 @@ export async function attempt(
       const dead = knownDead(home, force, verdict.token);
       if (dead !== null) return await end(dead);
     }
-    if (next !== undefined && places === 0) {
+    if (next !== undefined && places.free === 0) {
       // Whoever looks at the status meanwhile must not take us for stuck.
-      const rounds = Math.ceil((queue.length + 1) / PLACES);
+      const rounds = Math.ceil((places.waiting + 1) / PLACES);
       writeStatus(home, log, () => ({ next_run_iso: iso(clock.now() + rounds * ALL_TRIES_MS) }));
     }
     lock = await takeLock(target, stop);
@@ -1928,7 +1939,7 @@ async function attemptLocked(held: Held, expected: Secret | null): Promise<Endin
 }
 
 /** Spends the refresh token and stores what it brings: proof, request, store. */
-async function redeem(held: Held, { token, document, reasons }: Refresh): Promise<Ending | null> {
+async function redeem(held: Held, { token, document, reasons, credential }: Verdict & Refresh): Promise<Ending | null> {
   const { home, target, lock, settings, log, force, stop, clock } = held;
   const sent = token.fingerprint();
   const roots = readRoots(settings);
@@ -1951,7 +1962,9 @@ async function redeem(held: Held, { token, document, reasons }: Refresh): Promis
     answer = await post(token, settings, roots, stop, still, log);
     if (answer.kind === "granted") {
       const { grant, status, unusable } = answer;
-      const stored = await store(journal, room, document, grant, perseverance(held));
+      // Not before what it replaces, which a clock ahead of ours may have written: it would pass for an older one.
+      const lastRefresh = iso(Math.max(Date.parse(grant.lastRefresh), credential.lastRefreshMs ?? 0)) ?? "";
+      const stored = await store(journal, room, document, { ...grant, lastRefresh }, perseverance(held));
       if (stored === "superseded") return SUPERSEDED;
       const left = unusable.length > 0 ? ` unusable=${unusable.join(",")}` : "";
       return refreshed(`http=${status} rotated=${Object.keys(grant.tokens).join(",")}${left}`);
@@ -1962,7 +1975,7 @@ async function redeem(held: Held, { token, document, reasons }: Refresh): Promis
       removeJournal(journal);
     }
   }
-  lock.giveWay();
+  lock.giveWay(); // no request of ours is out any more
   if (await movesOn(target.path, sent, answer.kind === "permanent" ? LOOK_AGAIN_MS : 0)) return SUPERSEDED;
   const rescued = isDead(answer) ? await rescue(journal, perseverance(held)) : null;
   if (rescued?.stored === "superseded") return SUPERSEDED;
@@ -2098,7 +2111,10 @@ export function news({ state, last_success_iso, told_state, told_success_iso }: 
   const now = state === "unhealthy" ? "unhealthy" : "healthy";
   const all: [boolean, Event, Partial<Status>][] = [
     [last_success_iso !== told_success_iso, "refreshed", { told_success_iso: last_success_iso }],
-    [now !== (told_state ?? "healthy"), now === "unhealthy" ? now : "recovered", { told_state: now }],
+    // A home without a login is no better off than before: that is told once there is one that lives.
+    [state !== "inert" && now !== (told_state ?? "healthy"), now === "unhealthy" ? now : "recovered", {
+      told_state: now,
+    }],
   ];
   return all.flatMap(([isNew, event, told]) => isNew ? [[event, told]] : []);
 }
@@ -2112,6 +2128,16 @@ type Event = "refreshed" | "unhealthy" | "recovered";
 function teller(command: string | null, env: Environment, settings: Settings, stop: AbortSignal) {
   const busy = new Map<string, Promise<void>>();
   const tell = async (command: string, home: Home, log: Log) => {
+    const waits = commands.free === 0;
+    const done = await commands.take();
+    try {
+      // After a SIGTERM there is no time for those that waited: the next start tells.
+      if (!(stop.aborted && waits)) await tellAll(command, home, log);
+    } finally {
+      done();
+    }
+  };
+  const tellAll = async (command: string, home: Home, log: Log) => {
     for (const seen = new Set<string>(); !stop.aborted || seen.size === 0;) {
       const read = await readSettled(locate(home).path);
       const stands = view(home.dir, read, readStatus(home.status), [], Date.now(), settings);
@@ -2125,7 +2151,8 @@ function teller(command: string | null, env: Environment, settings: Settings, st
         CODEX_AUTH_REASON: stands.reason,
         CODEX_AUTH_ADVICE: stands.advice ?? "",
       };
-      const failure = await runCommand(command, { ...env, ...told }, stop, log);
+      const known = () => void readAuth(locate(home).path); // other homes' tokens may have displaced this one's
+      const failure = await runCommand(command, { ...env, ...told }, stop, log, known);
       if (failure === null) {
         log("info", "told", `exec: event=${event} ok`);
         writeStatus(home, log, () => change ?? {});
@@ -2142,7 +2169,13 @@ function teller(command: string | null, env: Environment, settings: Settings, st
 }
 
 /** Runs the operator's command, for 60 s at most, then ends it with its children. Null, or why it failed. */
-async function runCommand(command: string, env: Environment, stop: AbortSignal, log: Log): Promise<string | null> {
+async function runCommand(
+  command: string,
+  env: Environment,
+  stop: AbortSignal,
+  log: Log,
+  beforeOutput: () => void,
+): Promise<string | null> {
   const [program, ...args] = fs.existsSync("/bin/sh") ? ["/bin/sh", "-c", command] as const : [command] as const;
   const late = "it did not end in time";
   try {
@@ -2152,6 +2185,8 @@ async function runCommand(command: string, env: Environment, stop: AbortSignal, 
       detached: true,
       stdio: ["ignore", "pipe", "pipe"],
     });
+    const broken = new Promise<string>((resolve) => child.on("error", (error) => resolve(errorName(error))));
+    if (child.pid === undefined) return await broken; // Node.js leaves it without streams then
     const outputs = [child.stdout, child.stderr].map((stream) => {
       const output = { stream, text: "", length: 0 };
       stream.setEncoding("utf8").on("data", (text: string) => {
@@ -2161,7 +2196,7 @@ async function runCommand(command: string, env: Environment, stop: AbortSignal, 
       return output;
     });
     const ended = new Promise<string | null>((resolve) => {
-      child.on("error", (error) => resolve(errorName(error)));
+      broken.then(resolve);
       child.on("exit", (code, signal) => {
         const end = () => resolve(code === 0 ? null : signal ?? `exit ${code}`);
         child.on("close", end);
@@ -2171,6 +2206,7 @@ async function runCommand(command: string, env: Environment, stop: AbortSignal, 
     const limit = sleep(EXEC_MS, stop).then(() => stop.aborted ? sleep(EXEC_STOP_MS) : undefined).then(() => late);
     const failure = await Promise.race([ended, limit]);
     if (failure === late && child.pid !== undefined) process.kill(-child.pid, "SIGKILL");
+    beforeOutput();
     for (const { stream, text, length } of outputs) {
       stream.destroy();
       // Cut off, the last line might end in a piece of a token.
@@ -2234,7 +2270,7 @@ export function schedule(
     return { at: nowMs + Math.max(backoff, asked) * (1 + 0.5 * random), why };
   }
   if (outcome === "start" || outcome === "changed" || due && outcome === "superseded") {
-    if (!due || !alive) return { at: nowMs, why: outcome };
+    if (!due || !alive) return { at: nowMs, why: outcome }; // an attempt asks nobody then, or cannot wait
     // Whoever wrote a new login has just refreshed it: it is not ours to spend before half of its life.
     const half = outcome !== "start" && lastRefreshMs !== null ? (lastRefreshMs + expiresMs) / 2 : nowMs;
     if (half > nowMs + interval) return planned(nowMs + interval, "interval");
@@ -2327,7 +2363,7 @@ function look(watch: Watch, outcome: "start" | "changed", shared: Shared): void 
 async function visit(watch: Watch, isDue: boolean, shared: Shared): Promise<void> {
   [watch.busy, watch.hungUp] = [true, false];
   if (!await reaches(watch.home, watch.log)) {
-    watch.at = Math.max(watch.at, shared.clock.now() + STEP_MS); // the plan stands, what is due is tried at each step
+    watch.at = Math.max(watch.at, shared.clock.now() + STEP_MS); // a later plan stands, what is due is tried at each step
   } else if (isDue) await run(watch, shared);
   else if (identify(watch.home) !== watch.identity) look(watch, watch.identity === "" ? "start" : "changed", shared);
   watch.busy = false;
@@ -2569,7 +2605,7 @@ function openLog(): { write: (line: string) => void; settled: () => Promise<void
     const line = `${text}\n`;
     try {
       if (!blocks) fs.writeSync(fd, line);
-      else if (lines.length < 64 && lines.push(line) === 1) drained = drain();
+      else if (lines.length < MAX_LINES && lines.push(line) === 1) drained = drain();
     } catch {
       // Dropped.
     }

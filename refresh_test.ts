@@ -1076,6 +1076,9 @@ class Run {
     const ended = Promise.all([child.status, out, log]).finally(() => clearTimeout(limit));
     this.ended = ended.then(([{ code, signal }]) => signal ?? code);
   }
+  get pid(): number {
+    return this.#child.pid;
+  }
   kill(signal: Deno.Signal): void {
     try {
       this.#child.kill(signal);
@@ -1946,6 +1949,16 @@ const APPLY: Scenario[] = [
     const run = await stage.once("3 fail:permanent_401");
     assertEquals([stage.text(), left(), run.lines.length], [before, names, 2], run.stderr);
   }),
+  ends(
+    "an answer without a refresh token is stored though auth.json was written by a clock ahead of ours",
+    "0 refreshed",
+    {
+      age: -120,
+      answers: [{ kind: "fields", fields: { refresh_token: undefined } }],
+      requests: 1,
+    },
+    ({ login, tokens }) => assert(tokens().access_token !== login.access_token),
+  ),
   ends("a journal that holds no answer is removed", "0 refreshed", {
     prepare: (stage) => void stage.leave(() => "\n".repeat(4096)),
   }, newest),
@@ -2169,6 +2182,8 @@ const EXEC: Scenario[] = [
     await stage.once("3 fail:permanent_401", "--force", "--exec", NOTE);
     assertEquals(told(stage).length, 2);
     assertMatch(told(stage)[1] ?? "", /^unhealthy fail:permanent_401 the login is dead, .*, log in again: CODEX_HOME=/);
+    fs.rmSync(stage.auth); // which is no recovery
+    await stage.once("1 skip:no_auth_json", "--exec", NOTE);
     fs.writeFileSync(stage.auth, authJson(stage.mock.login({ accessTokenSeconds: 10 * DAY })));
     await stage.once("1 skip", "--exec", NOTE);
     await stage.once("1 skip", "--exec", NOTE);
@@ -2223,6 +2238,47 @@ const EXEC: Scenario[] = [
     const command = `t=$(${token}); printf "%.9s" "$t"; sleep 1; echo between >&2; sleep 1; echo "\${t#?????????}"`;
     const run = await stage.once("0 refreshed", "--exec", command);
     assert(run.says(/^exec: \[redacted\]$/) && run.says(/^exec: between$/), run.stderr);
+  }),
+  drive(
+    "what the operator's command prints is redacted however many homes were looked at meanwhile",
+    {},
+    async (stage) => {
+      const others = Array.from({ length: 50 }, (_, index) => stage.plant(`other${index}`, 10 * DAY, 60).home);
+      const command = 'until [ -e go ]; do sleep 0.1; done; cat "$CODEX_HOME/auth.json"';
+      const run = stage.start("--exec", command, stage.home, ...others);
+      await run.said(/ refresh: ok /);
+      await run.said(/ no-op: fresh /, 50);
+      run.kill("SIGHUP");
+      await run.said(/ no-op: fresh /, 101);
+      fs.writeFileSync(join(stage.dir, "go"), "");
+      await run.said(/ exec: event=refreshed ok$/);
+      assert(run.says(/ exec: .*"refresh_token": "\[redacted\]"/), run.stderr);
+      run.kill("SIGTERM");
+      assertEquals(await run.ended, 0, run.stderr);
+    },
+  ),
+  drive("eight of the operator's commands run at a time, the others after them", {}, async (stage) => {
+    const homes = Array.from({ length: 10 }, (_, index) => stage.plant(`many${index}`).home);
+    const command = "[ -e go ] && echo late >>told || echo early >>told; until [ -e go ]; do sleep 0.1; done";
+    const run = stage.start("--once", "--exec", command, ...homes);
+    await run.said(/ refresh: ok /, 10);
+    await until("eight run", () => told(stage).length >= 8);
+    fs.writeFileSync(join(stage.dir, "go"), "");
+    assertEquals(await run.ended, 0, run.stderr);
+    assertEquals(told(stage), [...Array(8).fill("early"), "late", "late"]);
+  }),
+  drive("a command for which there are no descriptors costs nothing", { ...FRESH, forms: ["node"] }, async (stage) => {
+    const run = stage.start("--exec", NOTE);
+    await run.said(/^next check/);
+    const open = new Set(fs.readdirSync(`/proc/${run.pid}/fd`).map(Number));
+    let limit = 0;
+    for (let free = 0; free < 4; limit++) if (!open.has(limit)) free++; // enough for a look, not for a command
+    output("prlimit", "--pid", String(run.pid), `--nofile=${limit}`);
+    fs.writeFileSync(stage.auth, "{");
+    run.kill("SIGHUP");
+    await run.said(/^exec: event=unhealthy failed \(EMFILE\)/);
+    run.kill("SIGTERM");
+    assertEquals(await run.ended, 0, run.stderr);
   }),
   drive("a SIGTERM waits for the command in hand, and starts no other", {}, async (stage) => {
     await stage.once("0 refreshed");
