@@ -150,7 +150,8 @@ const isOfFile = ({ name, text }: Call) => /^\w+\((\d+<\/|AT_FDCWD|"\/)/.test(te
 
 Deno.test("from the answer to its write no call of ours is in the way, and the disk has it before the rename", async (t) => {
   const { scene, calls, find, sent, read, stored } = await study();
-  const between = calls.slice(read + 1, stored);
+  // Without what the engine looks up of itself: it may collect its garbage at any time.
+  const between = calls.slice(read + 1, stored).filter(({ text }) => !/[<"]\/proc\/(self|\d+)\/statm[>"]/.test(text));
   const ours = between.filter((call) => isOfFile(call) || /^\w+\(\d+<pipe:/.test(call.text));
   assertEquals(ours.map(({ text }) => text), []);
   const [, room = ""] = /<(.*?)>/.exec(calls[stored]!.text) ?? [];
@@ -161,7 +162,8 @@ Deno.test("from the answer to its write no call of ours is in the way, and the d
   const renamed = find(/^rename/, `"${scene.auth}"`);
   assert(find(/^f(data)?sync$/, `<${room}>`, stored) < renamed, "the answer is on the disk before it gets its name");
   find(/^f(data)?sync$/, `<${scene.home}>`, renamed);
-  await t.step(`${between.length} calls from the answer to its write`, () => assert(between.length < 30));
+  const { length } = between.filter(({ thread }) => thread === calls[stored]!.thread);
+  await t.step(`${length} calls of its thread from the answer to its write`, () => assert(length < 30));
 });
 
 Deno.test("killed at any system call it loses nothing but in the gap", async (t) => {
