@@ -64,6 +64,11 @@ Deno.test("a token shows itself to nobody", () => {
   for (let other = 0; other < 127; other++) new car.Secret(`a-further-token-${other}`);
   assertEquals(car.Secret.redact(value), "[redacted]");
   assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
+  const said = ["secret-va", "secret-v", `x${value}x`, "secret-vx"];
+  assertEquals(said.map((word) => car.Secret.isIn(word)), [true, false, true, false]);
+  const code = "very-secret-value".replaceAll("-", "_");
+  new car.Secret(`rt_${code}_0123456789`);
+  assertMatch(JSON.stringify(car.judge(401, JSON.stringify({ error: { code } }), null, NOW)), /"code":null/);
 });
 
 Deno.test("a log line is one line, names its home where there are several, and what it tells forges no field", () => {
