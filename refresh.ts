@@ -91,8 +91,8 @@ export class Secret {
   static redact(text: string): string {
     return Secret.#recent.reduce((rest, value) => rest.replaceAll(value, "[redacted]"), text);
   }
-  /** Whether a word holds a token that is known by now, or is more than eight characters of one. */
-  static isIn(word: string): boolean {
+  /** Whether a word holds a token that is known by now, or is a piece of one of more than eight characters. */
+  static isShownBy(word: string): boolean {
     return Secret.#recent.some((value) => word.includes(value) || word.length > 8 && value.includes(word));
   }
   /** The value itself, for the request's body and for auth.json. */
@@ -112,7 +112,7 @@ export class Secret {
 
 /** A word that somebody else wrote, if it is harmless enough to repeat: letters, where digits may be a piece of a token. */
 function tame(word: unknown, form = /^[a-z_]{1,40}$/i): string | null {
-  return typeof word === "string" && form.test(word) && !Secret.isIn(word) ? word : null;
+  return typeof word === "string" && form.test(word) && !Secret.isShownBy(word) ? word : null;
 }
 
 /** No control characters or line separators: a file name may hold a line break, a log line may not. */

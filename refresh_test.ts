@@ -65,7 +65,7 @@ Deno.test("a token shows itself to nobody", () => {
   assertEquals(car.Secret.redact(value), "[redacted]");
   assertEquals(secret.fingerprint(), createHash("sha256").update(value).digest("hex").slice(0, 16));
   const said = ["secret-va", "secret-v", `x${value}x`, "secret-vx"];
-  assertEquals(said.map((word) => car.Secret.isIn(word)), [true, false, true, false]);
+  assertEquals(said.map((word) => car.Secret.isShownBy(word)), [true, false, true, false]);
   const code = "very-secret-value".replaceAll("-", "_");
   new car.Secret(`rt_${code}_0123456789`);
   assertMatch(JSON.stringify(car.judge(401, JSON.stringify({ error: { code } }), null, NOW)), /"code":null/);

