@@ -576,6 +576,17 @@ table(
   },
 );
 
+Deno.test("a SIGTERM while it is proven that an answer could be stored leaves the token unspent", async () => {
+  await using scene = await Scene.open();
+  duringTheProof(scene, () => {
+    const { pid } = scene.running; // strace's
+    Deno.kill(Number(textOf(`/proc/${pid}/task/${pid}/children`).split(" ")[0]), "SIGTERM");
+  });
+  const { code, said } = await scene.once({}, slowly(scene));
+  assertEquals([code, scene.asked, scene.journals()], [2, [], []], said);
+  scene.assertTheirs(said);
+});
+
 table(
   "a look at auth.json that fails for want of descriptors is not taken for another login",
   Object.fromEntries(Array.from({ length: 16 }, (_, index) => [`the ${index + 1}. one`, index + 1])),
